@@ -1,0 +1,62 @@
+"""Which tiles are fastest here: one rule from the caches, the cores and the shapes.
+
+Measured (README, "Speed"): XLA:CPU runs each operation of a step on all cores and waits for all of
+them, and its matmul library packs the key tile anew in every step. Both costs are paid per step, so
+a step should hold as many scores as the caches bear: about twice the L2 caches of all cores, which
+the L3 cache or the next level's prefetcher still keeps up with. Past 8 MiB the temporaries of a call
+grow to where malloc returns them to the system, and every call pays for fresh pages.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ._machine import Machine
+from ._schedule import BlockSizes
+
+_MAX_SCORE_BYTES = 8 * 2**20
+_MAX_BLOCK_Q = 2048
+_CAUSAL_BLOCK_Q = 512
+
+
+def score_bytes(machine: Machine) -> int:
+    """Bytes of scores that one step should hold."""
+    return min(_MAX_SCORE_BYTES, 2 * machine.cores * machine.l2)
+
+
+def fastest_blocks(
+    machine: Machine, q_len: int, kv_len: int, head_dim: int, causal: bool
+) -> BlockSizes:
+    """Tiles for queries of q_len over kv_len keys.
+
+    Key tiles grow with the head size, since the work per score does. A causal run wants short query
+    tiles: the tiles on its diagonal are half wasted. Tiles of one axis come out equally long.
+    """
+    kv = _even(kv_len, min(1024, max(256, _power_of_two(8 * head_dim))))
+    most = score_bytes(machine) // (4 * kv)
+    if causal:
+        most = min(most, max(_CAUSAL_BLOCK_Q, _power_of_two(q_len // 8)))
+    return BlockSizes(_even(q_len, min(_MAX_BLOCK_Q, max(64, most))), kv)
+
+
+def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, masked: bool) -> int:
+    """How many key/value heads share a step; divides ``heads``.
+
+    Args:
+        heads: key/value heads.
+        rows: rows of scores of one key/value head in a tile.
+        masked: whether tiles may be partial. Masking keeps a second copy of the scores.
+    """
+    most = score_bytes(machine) // (4 * rows * block_kv * (2 if masked else 1))
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, most))
+
+
+def _even(length: int, block: int) -> int:
+    """The shortest tile, in whole vectors of 16, that needs no more tiles than ``block`` does."""
+    count = max(1, math.ceil(length / block))
+    return min(length, 16 * math.ceil(length / count / 16)) or 1
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is at most n, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)

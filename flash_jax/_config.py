@@ -1,0 +1,97 @@
+"""What one head's attention is computed with: tile sizes, head size, mask and scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+
+from ._block_sizes import fastest_blocks
+from ._machine import machine
+from ._schedule import BlockSizes, positive_integer
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashAttentionConfig:
+    """Configuration of the kernels. Frozen and hashable: pass it as a static argument.
+
+    Attributes:
+        block_size_q: queries per tile, > 0. Need not divide T; a longer tile is cut to T.
+        block_size_kv: keys per tile, > 0. Need not divide S; a longer tile is cut to S.
+        head_dim: H of queries and keys, > 0.
+        causal: query t reads keys 0..t.
+        softmax_scale: factor on the logits, finite and > 0; default ``1 / sqrt(head_dim)``.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+        TypeError: a field is not an integer, bool or real number.
+
+    Example:
+        >>> FlashAttentionConfig.for_head_dim(64)
+        FlashAttentionConfig(block_size_q=64, block_size_kv=64, head_dim=64, causal=False, softmax_scale=0.125)
+    """
+
+    block_size_q: int
+    block_size_kv: int
+    head_dim: int
+    causal: bool = False
+    softmax_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size_q", "block_size_kv", "head_dim"):
+            object.__setattr__(self, name, positive_integer(name, getattr(self, name)))
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be a bool; it is {self.causal!r}")
+        scale = 1 / math.sqrt(self.head_dim) if self.softmax_scale is None else self.softmax_scale
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+            raise TypeError(f"softmax_scale must be a real number or None; it is {scale!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"softmax_scale must be finite and > 0; it is {scale!r}")
+        object.__setattr__(self, "softmax_scale", float(scale))
+
+    @property
+    def block_sizes(self) -> BlockSizes:
+        """Positions per tile: queries and keys."""
+        return BlockSizes(self.block_size_q, self.block_size_kv)
+
+    @property
+    def scale(self) -> float:
+        """``softmax_scale``, which is a number once the fields are checked."""
+        assert self.softmax_scale is not None
+        return self.softmax_scale
+
+    @classmethod
+    def for_head_dim(
+        cls, head_dim: int, *, causal: bool = False, softmax_scale: float | None = None
+    ) -> FlashAttentionConfig:
+        """64 x 64 tiles."""
+        return cls(64, 64, head_dim, causal, softmax_scale)
+
+    @classmethod
+    def for_long_sequence(
+        cls, head_dim: int, *, causal: bool = False, softmax_scale: float | None = None
+    ) -> FlashAttentionConfig:
+        """32 x 128 tiles."""
+        return cls(32, 128, head_dim, causal, softmax_scale)
+
+    @classmethod
+    def auto(
+        cls,
+        head_dim: int,
+        seq_len_q: int,
+        seq_len_kv: int,
+        *,
+        causal: bool = False,
+        softmax_scale: float | None = None,
+    ) -> FlashAttentionConfig:
+        """The tiles that are fastest on this machine for T = seq_len_q and S = seq_len_kv.
+
+        They follow from the number of cores and the L2 size. Where the sizes can't be read, a core is
+        taken to have 32 KiB of L1 and 1 MiB of L2 cache. ``python -m flash_jax info`` shows both.
+        """
+        head_dim = positive_integer("head_dim", head_dim)
+        T = positive_integer("seq_len_q", seq_len_q)
+        S = positive_integer("seq_len_kv", seq_len_kv)
+        return cls(
+            *fastest_blocks(machine(), T, S, head_dim, causal), head_dim, causal, softmax_scale
+        )
