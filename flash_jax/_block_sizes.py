@@ -1,10 +1,10 @@
 """Which tiles are fastest here: one rule from the caches, the cores and the shapes.
 
-Measured (README, "Speed"): XLA:CPU runs each operation of a step on all cores and waits for all of
-them, and its matmul library packs the key tile anew in every step. Both costs are paid per step, so
-a step should hold as many scores as the caches bear: about twice the L2 caches of all cores, which
-the L3 cache or the next level's prefetcher still keeps up with. Past 8 MiB the temporaries of a call
-grow to where malloc returns them to the system, and every call pays for fresh pages.
+XLA:CPU runs each operation of a step on all cores and waits for them all, and its matmul library
+packs the key tile anew in every step. Both costs are paid per step, so a step should hold as many
+scores as the caches bear: about twice the L2 caches of all cores, which the level behind them still
+keeps up with. Past 8 MiB the temporaries of a call grow to where malloc hands them back to the
+system, and every call pays for fresh pages.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class FlashAttentionConfig:
         TypeError: a field is not an integer, bool or real number.
 
     Example:
-        >>> FlashAttentionConfig.for_head_dim(64)
-        FlashAttentionConfig(block_size_q=64, block_size_kv=64, head_dim=64, causal=False, softmax_scale=0.125)
+        >>> FlashAttentionConfig.for_head_dim(64, causal=True).block_sizes
+        BlockSizes(q=64, kv=64)
     """
 
     block_size_q: int
@@ -86,8 +86,8 @@ class FlashAttentionConfig:
     ) -> FlashAttentionConfig:
         """The tiles that are fastest on this machine for T = seq_len_q and S = seq_len_kv.
 
-        They follow from the number of cores and the L2 size. Where the sizes can't be read, a core is
-        taken to have 32 KiB of L1 and 1 MiB of L2 cache. ``python -m flash_jax info`` shows both.
+        They follow from the number of cores and the size of their L2 caches. Where that can't be
+        read, it is taken to be 1 MiB. ``python -m flash_jax info`` shows what was found.
         """
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)

@@ -52,7 +52,6 @@ def _forward(operands: Operands, static: Static) -> tuple[Array, Array]:
     B = max(x.shape[0] for x in jax.tree.leaves(operands))
     _, N, T, _ = layout.sizes(q)
     K = layout.sizes(k)[1]
-    G = N // K
     acc = jnp.promote_types(q.dtype, jnp.float32)
     results = (  # of an empty problem, too
         jnp.zeros(layout.axes(B, N, T, v.shape[-1]), q.dtype),
@@ -60,6 +59,7 @@ def _forward(operands: Operands, static: Static) -> tuple[Array, Array]:
     )
     if 0 in (*q.shape, *v.shape):
         return results
+    G = N // K
     heads = heads_per_step(machine(), K, G * tiling.q.block, tiling.kv.block, mask is not None)
     # 0 * v is NaN where v is NaN or infinite: one fast sum tells whether any value is.
     finite = jnp.isfinite(jnp.sum(v * 0, dtype=acc))

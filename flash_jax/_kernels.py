@@ -62,8 +62,8 @@ def flash_mha(config: FlashAttentionConfig, q: ArrayLike, k: ArrayLike, v: Array
         v: (K, S, Hv), dtype of q.
 
     Returns:
-        (N, T, Hv), dtype of q, summed in float32 (float64 for float64). A row that may read no key is
-        zero; a masked key or value changes nothing, NaN and inf included.
+        (N, T, Hv), dtype of q, summed in float32 (float64 for float64). A row that may read no key
+        is zero; a masked key or value changes nothing, NaN and inf included.
 
     Raises:
         ValueError: shapes disagree with each other or with config; the message names the argument.

@@ -1,6 +1,6 @@
 """The block schedule: which tiles of the score matrix are full, partial or skipped.
 
-Queries and keys are cut into tiles of (block_q, block_kv) pairs. From the mask, for every query tile,
+Queries and keys are cut into tiles of (block_q, block_kv) pairs. The mask makes a tile
     full     every pair is kept: no mask work
     partial  the mask is applied inside the tile
     skipped  no pair is kept: neither loaded nor multiplied
@@ -178,8 +178,8 @@ def block_schedule(
     lengths = positive_integer("q_len", q_len), positive_integer("kv_len", kv_len)
     blocks = as_block_sizes(block_sizes)
     tiling = Tiling.of(*lengths, blocks)
-    n = np.zeros((1, 1, 1, 1), np.int32)
-    rows = jax.vmap(lambda i: status(mask, tiling, np.int32(0), n, i))
+    b, n = jnp.int32(0), jnp.zeros((1, 1, 1, 1), np.int32)
+    rows = jax.vmap(lambda i: status(mask, tiling, b, n, i))
     tiles = rows(lax.iota(np.int32, tiling.q.count))
     return BlockSchedule(np.asarray(tiles), BlockSizes(tiling.q.block, tiling.kv.block))
 

@@ -27,9 +27,11 @@ def as_floats(**arrays: object) -> list[Array]:
 
 
 def check_rank(name: str, x: Array, axes: str, rank: int) -> None:
-    """Checks the number of axes."""
+    """Checks the number of axes, and that their sizes are known."""
     message = f"{name} must be {axes}; its shape is {x.shape}"
     chex.assert_rank(x, rank, exception_type=ValueError, custom_message=message)
+    if not all(isinstance(size, int) for size in x.shape):
+        raise NotImplementedError(f"{name} must have no symbolic sizes; its shape is {x.shape}")
 
 
 def check_shape(name: str, x: Array, axes: str, expected: tuple[int | None, ...]) -> None:

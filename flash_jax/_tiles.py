@@ -12,8 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
+
+_ZERO = np.int32(0)  # a Python 0 is int64 under x64, and the starts of a slice must agree
 
 
 class Layout(enum.Enum):
@@ -39,14 +42,14 @@ def take_tile(
 ) -> Array:
     """(heads, size, H): positions start..start+size-1 of some heads of one element."""
     sizes = layout.axes(1, heads, size, x.shape[-1])
-    tile = lax.dynamic_slice(x, layout.axes(b, head, start, 0), sizes)[0]
+    tile = lax.dynamic_slice(x, layout.axes(b, head, start, _ZERO), sizes)[0]
     return jnp.moveaxis(tile, layout.value - 1, 1)
 
 
 def put_tile(layout: Layout, x: Array, tile: Array, b: Array, head: Array, start: Array) -> Array:
     """x with tile (heads, size, H) written where ``take_tile`` would read it."""
     tile = jnp.moveaxis(tile, 1, layout.value - 1)[None]
-    return lax.dynamic_update_slice(x, tile, layout.axes(b, head, start, 0))
+    return lax.dynamic_update_slice(x, tile, layout.axes(b, head, start, _ZERO))
 
 
 def fold_batch(function: Callable[[Any], Any], operands: Any) -> Any:

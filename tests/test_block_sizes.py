@@ -1,0 +1,68 @@
+import pytest
+
+from flash_jax import FlashAttentionConfig, _machine
+from flash_jax._block_sizes import fastest_blocks, heads_per_step, score_bytes
+from flash_jax._machine import DEFAULT_CACHES, Machine, machine
+
+SMALL = Machine(cores=2, l1=32 * 2**10, l2=2**20, l3=0, measured=True)
+LARGE = Machine(cores=64, l1=48 * 2**10, l2=2 * 2**20, l3=2**28, measured=True)
+
+
+@pytest.mark.parametrize("here", [SMALL, LARGE, machine()])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [1, 5, 64, 128, 1000])
+@pytest.mark.parametrize(
+    ("T", "S"), [(1, 1), (17, 5), (1025, 1025), (2048, 2048), (1, 10**6), (10**6, 1)]
+)
+def test_tiles_fit_the_machine_and_the_lengths(here, causal, head_dim, T, S):
+    q, kv = fastest_blocks(here, T, S, head_dim, causal)
+    assert 1 <= q <= T
+    assert 1 <= kv <= S
+    assert 4 * q * kv <= score_bytes(here)
+    # The tiles of an axis are equally long, up to a vector: no axis ends in a stump.
+    assert -(-T // q) * q - T < 16 * -(-T // q)
+
+
+@pytest.mark.parametrize("heads", [1, 7, 8, 12, 32])
+def test_heads_per_step_divide_the_heads_and_fit(heads):
+    for rows in (1, 64, 2048, 10**6):
+        n = heads_per_step(SMALL, heads, rows, 512, masked=False)
+        assert heads % n == 0
+        assert n == 1 or 4 * n * rows * 512 <= score_bytes(SMALL)
+        assert heads_per_step(SMALL, heads, rows, 512, masked=True) <= n
+
+
+def test_auto_uses_this_machines_rule():
+    config = FlashAttentionConfig.auto(64, 4096, 2048, causal=True)
+    assert config.block_sizes == fastest_blocks(machine(), 4096, 2048, 64, True)
+
+
+def cache_files(folder, entries):
+    for i, (level, kind, size) in enumerate(entries):
+        index = folder / f"index{i}"
+        index.mkdir()
+        for name, text in (("level", level), ("type", kind), ("size", size)):
+            (index / name).write_text(f"{text}\n")
+
+
+def test_cache_sizes_are_read_from_the_system(tmp_path):
+    cache_files(
+        tmp_path,
+        [
+            (1, "Data", "48K"),
+            (1, "Instruction", "64K"),
+            (2, "Unified", "2M"),
+            (3, "Unified", "512"),
+        ],
+    )
+    assert _machine._linux_caches(tmp_path) == {1: 48 * 2**10, 2: 2 * 2**20, 3: 512}
+
+
+@pytest.mark.parametrize("entries", [[], [(1, "Data", "?")], [("", "Data", "48K")]])
+def test_unreadable_cache_sizes_fall_back_to_the_defaults(entries, tmp_path, monkeypatch):
+    cache_files(tmp_path, entries)
+    monkeypatch.setattr(_machine, "_LINUX_CACHES", tmp_path)
+    monkeypatch.setattr(_machine.platform, "system", lambda: "Linux")
+    here = _machine.machine.__wrapped__()
+    assert not here.measured
+    assert here[1:4] == DEFAULT_CACHES

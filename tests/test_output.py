@@ -1,0 +1,155 @@
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from oracle import max_error, numpy_attention, random_qkv
+
+import flash_jax
+from flash_jax import FlashAttentionConfig, flash_attention_forward, flash_mha
+
+LENGTHS = [(1, 1), (7, 13), (128, 128), (129, 257), (257, 129), (1, 301), (301, 1)]
+
+
+def plain(q, k, v, is_causal):
+    """reference_attention of arrays with heads first."""
+    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    return jnp.swapaxes(flash_jax.reference_attention(q, k, v, is_causal=is_causal), 0, 1)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("T", "S"), LENGTHS)
+def test_error_is_at_most_twice_that_of_plain_attention(T, S, dtype, is_causal, rng):
+    q, k, v = random_qkv(rng, N=6, K=3, T=T, S=S, H=5, Hv=3, dtype=dtype)
+    exact, _ = numpy_attention(q, k, v, is_causal=is_causal)
+    bound = 2 * max_error(plain(q, k, v, is_causal), exact) + float(jnp.finfo(dtype).eps)
+    for config in (
+        FlashAttentionConfig.for_head_dim(5, causal=is_causal),
+        FlashAttentionConfig.for_long_sequence(5, causal=is_causal),
+        FlashAttentionConfig.auto(5, T, S, causal=is_causal),
+        FlashAttentionConfig(11, 7, 5, causal=is_causal),
+    ):
+        out = flash_mha(config, q, k, v)
+        assert out.dtype == dtype
+        assert max_error(out, exact) <= bound, config
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_float64_is_summed_in_float64(is_causal, rng):
+    q, k, v = random_qkv(rng, N=2, T=37, S=53, H=7, dtype=np.float64)
+    out = flash_mha(FlashAttentionConfig(16, 11, 7, causal=is_causal), q, k, v)
+    assert out.dtype == np.float64
+    assert max_error(out, numpy_attention(q, k, v, is_causal=is_causal)[0]) < 1e-14
+
+
+@pytest.mark.parametrize("H", [1, 2, 3, 17, 64, 130])
+def test_any_head_size(H, rng):
+    q, k, v = random_qkv(rng, N=2, T=19, S=23, H=H)
+    exact, _ = numpy_attention(q, k, v)
+    bound = 2 * max_error(plain(q, k, v, False), exact) + float(jnp.finfo(np.float32).eps)
+    assert max_error(flash_mha(FlashAttentionConfig(8, 16, H), q, k, v), exact) <= bound
+
+
+def test_one_head_is_many_heads_of_one(rng):
+    q, k, v = random_qkv(rng, N=3, T=29, S=31, H=5)
+    config = FlashAttentionConfig(8, 8, 5, causal=True)
+    many = flash_mha(config, q, k, v)
+    for n in range(3):
+        one = flash_attention_forward(config, q[n], k[n], v[n])
+        np.testing.assert_allclose(one, many[n], atol=1e-6)
+
+
+def test_scale_is_the_configs(rng):
+    q, k, v = random_qkv(rng, N=2, T=9, S=14, H=5)
+    out = flash_mha(FlashAttentionConfig(4, 4, 5, softmax_scale=2.5), q, k, v)
+    assert max_error(out, numpy_attention(q, k, v, scale=2.5)[0]) < 1e-5
+
+
+def test_tile_sizes_change_only_rounding(rng):
+    q, k, v = random_qkv(rng, N=2, T=61, S=67, H=7)
+    exact, _ = numpy_attention(q, k, v, is_causal=True)
+    for block_q, block_kv in [(1, 1), (1, 67), (61, 1), (64, 64), (5, 31), (1000, 1000)]:
+        out = flash_mha(FlashAttentionConfig(block_q, block_kv, 7, causal=True), q, k, v)
+        assert max_error(out, exact) < 2e-6, (block_q, block_kv)
+
+
+def test_the_future_cannot_change_the_past(rng):
+    q, k, v = random_qkv(rng, N=2, T=53, S=53, H=3)
+    config = FlashAttentionConfig(16, 8, 3, causal=True)
+    before = flash_mha(config, q, k, v)
+    for poison in (1e3, np.inf, np.nan):
+        k2, v2 = k.copy(), v.copy()
+        k2[:, 23:] = v2[:, 23:] = poison
+        after = flash_mha(config, q, k2, v2)
+        np.testing.assert_array_equal(before[:, :23], after[:, :23])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_visible_nonfinite_value_shows_where_it_is_visible(value, is_causal, rng):
+    q, k, v = random_qkv(rng, N=2, T=31, S=31, H=3)
+    v[1, 17, 2] = value
+    out = np.asarray(flash_mha(FlashAttentionConfig(8, 8, 3, causal=is_causal), q, k, v))
+    expected = np.zeros(out.shape, bool)
+    expected[1, 17 if is_causal else 0 :, 2] = True
+    np.testing.assert_array_equal(~np.isfinite(out), expected)
+    np.testing.assert_array_equal(out[expected], value)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_visible_nan_key_shows(is_causal, rng):
+    q, k, v = random_qkv(rng, N=1, T=31, S=31, H=3)
+    k[0, 17] = np.nan
+    out = np.asarray(flash_mha(FlashAttentionConfig(8, 8, 3, causal=is_causal), q, k, v))
+    first = 17 if is_causal else 0
+    assert np.isnan(out[0, first:]).all()
+    assert np.isfinite(out[0, :first]).all()
+
+
+def test_padding_never_leaks(rng):
+    """The last tile overlaps the one before it, and no key counts twice."""
+    q, k, v = random_qkv(rng, N=2, T=65, S=65, H=4)
+    exact, _ = numpy_attention(q, k, v)
+    assert max_error(flash_mha(FlashAttentionConfig(64, 64, 4), q, k, v), exact) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e30, 3e18, 1e10])
+def test_huge_logits_pick_the_largest(size):
+    q = np.ones((1, 5, 1), np.float32) * size
+    k = np.arange(11, dtype=np.float32).reshape(1, 11, 1)
+    v = np.eye(11, dtype=np.float32)[None]
+    out = flash_mha(FlashAttentionConfig(2, 3, 1), q, k, v)
+    np.testing.assert_array_equal(out, np.broadcast_to(v[:, -1:], (1, 5, 11)))
+
+
+def test_equal_logits_average(rng):
+    _, _, v = random_qkv(rng, N=1, T=1, S=37, H=3)
+    q, k = np.full((1, 5, 3), 1e15, np.float32), np.full((1, 37, 3), 1e15, np.float32)
+    out = flash_mha(FlashAttentionConfig(4, 8, 3), q, k, v)
+    expected = np.broadcast_to(v.mean(axis=1, keepdims=True), out.shape)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_a_causal_row_beyond_the_keys_reads_them_all(rng):
+    q, k, v = random_qkv(rng, N=1, T=41, S=5, H=3)
+    out = flash_mha(FlashAttentionConfig(8, 4, 3, causal=True), q, k, v)
+    assert max_error(out, numpy_attention(q, k, v, is_causal=True)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("N", "T", "S", "Hv"), [(0, 3, 3, 2), (2, 0, 3, 2), (2, 3, 0, 2), (2, 3, 3, 0)]
+)
+def test_an_empty_axis_gives_an_empty_or_zero_output(N, T, S, Hv):
+    q, k, v = jnp.ones((N, T, 4)), jnp.ones((N, S, 4)), jnp.ones((N, S, Hv))
+    out = flash_mha(FlashAttentionConfig(2, 2, 4), q, k, v)
+    np.testing.assert_array_equal(out, np.zeros((N, T, Hv)))
+
+
+def test_calls_are_bitwise_repeatable(rng):
+    q, k, v = random_qkv(rng, N=4, T=515, S=771, H=16)
+    config = FlashAttentionConfig.auto(16, 515, 771, causal=True)
+    first = flash_mha(config, q, k, v)
+    for _ in range(3):
+        np.testing.assert_array_equal(first, flash_mha(config, q, k, v))
+    np.testing.assert_array_equal(first, jax.jit(lambda q: flash_mha(config, q, k, v))(q))
