@@ -1,13 +1,22 @@
 """FlashAttention for CPUs: exact attention in linear memory, as pure JAX functions."""
 
+from ._attention import flash_attention as flash_attention
+from ._attention import flash_attention_with_lse as flash_attention_with_lse
 from ._config import FlashAttentionConfig as FlashAttentionConfig
+from ._dot_product_attention import dot_product_attention as dot_product_attention
 from ._kernels import flash_attention_forward as flash_attention_forward
 from ._kernels import flash_mha as flash_mha
 from ._masks import CausalMask as CausalMask
+from ._masks import LengthMask as LengthMask
 from ._masks import Mask as Mask
+from ._masks import PredicateMask as PredicateMask
+from ._masks import PrefixMask as PrefixMask
+from ._masks import SegmentMask as SegmentMask
+from ._masks import WindowMask as WindowMask
+from ._merge import merge_attention as merge_attention
 from ._reference import reference_attention as reference_attention
 from ._schedule import BlockSchedule as BlockSchedule
-from ._schedule import BlockSizes as BlockSizes
 from ._schedule import block_schedule as block_schedule
+from ._shapes import BlockSizes as BlockSizes
 
 __version__ = "0.1.0"

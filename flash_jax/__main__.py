@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import __version__, _demo, _info
-from ._schedule import BlockSizes
+from ._shapes import BlockSizes
 
 _PROG = "python -m flash_jax"
 _EXCERPT_LINES = 8

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 
 from ._machine import Machine
-from ._schedule import BlockSizes
+from ._shapes import BlockSizes
 
 _MAX_SCORE_BYTES = 8 * 2**20
 _MAX_BLOCK_Q = 2048
-_CAUSAL_BLOCK_Q = 512
+_MASKED_BLOCK_Q = 512
 
 
 def score_bytes(machine: Machine) -> int:
@@ -25,18 +25,35 @@ def score_bytes(machine: Machine) -> int:
 
 
 def fastest_blocks(
-    machine: Machine, q_len: int, kv_len: int, head_dim: int, causal: bool
+    machine: Machine,
+    T: int,
+    S: int,
+    head_dim: int,
+    groups: int,
+    masked: bool,
+    reach: int | None = None,
 ) -> BlockSizes:
-    """Tiles for queries of q_len over kv_len keys.
+    """Tiles for T queries over S keys.
 
-    Key tiles grow with the head size, since the work per score does. A causal run wants short query
-    tiles: the tiles on its diagonal are half wasted. Tiles of one axis come out equally long.
+    Key tiles grow with the head size, since the work per score does. A masked call wants shorter
+    query tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out
+    equally long.
+
+    Args:
+        groups: query heads per key/value head; their rows share a tile.
+        masked: whether tiles may be partial or skipped.
+        reach: how many keys a query may read at the most, where that is known.
     """
-    kv = _even(kv_len, min(1024, max(256, _power_of_two(8 * head_dim))))
-    most = score_bytes(machine) // (4 * kv)
-    if causal:
-        most = min(most, max(_CAUSAL_BLOCK_Q, _power_of_two(q_len // 8)))
-    return BlockSizes(_even(q_len, min(_MAX_BLOCK_Q, max(64, most))), kv)
+    T, S = max(T, 1), max(S, 1)
+    block_kv = min(1024, max(256, _power_of_two(8 * head_dim)))
+    if reach is not None:
+        block_kv = min(block_kv, max(128, _power_of_two(reach)))
+    block_kv = _even(S, block_kv)
+    most = score_bytes(machine) // (4 * block_kv * groups)
+    if masked:
+        shortest = _MASKED_BLOCK_Q if reach is None else max(128, min(_MASKED_BLOCK_Q, reach))
+        most = min(most, max(shortest, _power_of_two(T // 8) if reach is None else 0))
+    return BlockSizes(_even(T, min(_MAX_BLOCK_Q, max(64, most))), block_kv)
 
 
 def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, masked: bool) -> int:

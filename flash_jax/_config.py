@@ -8,7 +8,7 @@ import numbers
 
 from ._block_sizes import fastest_blocks
 from ._machine import machine
-from ._schedule import BlockSizes, positive_integer
+from ._shapes import BlockSizes, positive_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,5 @@ class FlashAttentionConfig:
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)
         S = positive_integer("seq_len_kv", seq_len_kv)
-        return cls(
-            *fastest_blocks(machine(), T, S, head_dim, causal), head_dim, causal, softmax_scale
-        )
+        blocks = fastest_blocks(machine(), T, S, head_dim, groups=1, masked=causal)
+        return cls(*blocks, head_dim, causal, softmax_scale)

@@ -6,13 +6,14 @@ import functools
 
 import jax
 from jax import Array
+from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from ._config import FlashAttentionConfig
 from ._forward import Operands, Static, forward
 from ._masks import CausalMask
-from ._schedule import Tiling
-from ._shapes import as_floats, check_kernel, check_rank
+from ._scores import Scores
+from ._shapes import Sizes, as_floats, check_kernel, check_rank
 from ._tiles import Layout
 
 
@@ -94,8 +95,8 @@ def _check_config(config: FlashAttentionConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
-    mask = CausalMask() if config.causal else None
-    tiling = Tiling.of(q.shape[1], k.shape[1], config.block_sizes)
-    operands = Operands(q[None], k[None], v[None], mask)
-    out, _ = forward(operands, Static(tiling, config.scale, Layout.HEADS_FIRST))
+    scale = jnp.full((1,), config.scale, jnp.promote_types(q.dtype, jnp.float32))
+    mask = CausalMask().bind(Sizes()) if config.causal else None
+    operands = Operands(q[None], k[None], v[None], Scores(scale, mask))
+    out, _ = forward(operands, Static(config.block_sizes, Layout.HEADS_FIRST))
     return out[0]

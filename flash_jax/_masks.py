@@ -1,57 +1,305 @@
 """Masks as O(T + S) descriptions of which query may read which key.
 
-A mask answers two questions, and no (T, S) array is built to answer either:
-    keep   of single pairs: may query t read key s?            -> the mask inside a tile
-    tiles  of ranges: does some pair, does every pair remain?  -> skip, mask or run a whole tile
-
-Indices are int32 and broadcast together: b is the batch element, n the query head, t the query and
-s the key. Index arrays have four axes, (heads, groups, T, S), or none.
+A mask answers two questions about a tile of queries, and builds no (T, S) array for either:
+    keep    inside one tile: may query t read key s?
+    tiles   of every key tile: does some pair, does every pair remain? Tiles without any are
+            skipped, tiles with every pair need no mask work
+Masks are pytrees: their arrays may be traced, batched by ``vmap`` and passed to jitted functions.
+Combine them with ``&`` and ``|``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jax import Array
+from jax import numpy as jnp
+from jax.typing import ArrayLike
 
+from ._query_tile import Axis, QueryTile, Range
+from ._shapes import Sizes, bind_integers, bind_scores, positive_integer, window_side
 
-class Range(NamedTuple):
-    """Positions first..last, both included."""
-
-    first: Any
-    last: Any
+M = TypeVar("M", bound=type)
 
 
 class Mask:
-    """Which pairs of query and key are kept. Hashable or a pytree; never the size of the scores."""
+    """Which pairs of query and key are kept; the base of all masks.
 
-    def keep(self, b: Array, n: Array, t: Array, s: Array) -> Array:
-        """bool, broadcast over the indices: query t of head n in batch element b may read key s."""
+    Masks are used bound: ``bind`` checks the arrays against the sizes of a call and gives each a
+    first axis of size B or 1, ``keep`` and ``tiles`` then read them through a ``QueryTile``.
+    """
+
+    arrays: ClassVar[dict[str, str]] = {}  # the fields that hold arrays, and their axes but B
+    masks: ClassVar[tuple[str, ...]] = ()  # the fields that hold masks
+
+    def bind(self, sizes: Sizes) -> Mask:
+        """The mask with its arrays checked, named in errors as the class's fields are."""
+        bound = {
+            name: bind_integers(f"{type(self).__name__}.{name}", getattr(self, name), axes, sizes)
+            for name, axes in self.arrays.items()
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **bound)  # pyright: ignore[reportArgumentType]
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        """Whether the pairs of key tile j are kept: bool, broadcastable to ``tile.shape()``."""
         raise NotImplementedError
 
-    def tiles(self, b: Array, n: Array, t: Range, s: Range) -> tuple[Array, Array]:
-        """(some, every), bool, broadcast over the ranges.
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        """(some, every) of each key tile: bool, broadcastable to (heads, groups, 1, key tiles).
 
         ``some`` is False only where no pair is kept, ``every`` is True only where all are.
         """
         raise NotImplementedError
 
+    def __and__(self, other: Mask) -> Mask:
+        """Keeps the pairs that both keep."""
+        return (
+            CombinedMask(operator.and_, self, other) if isinstance(other, Mask) else NotImplemented
+        )
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+    def __or__(self, other: Mask) -> Mask:
+        """Keeps the pairs that either keeps."""
+        return (
+            CombinedMask(operator.or_, self, other) if isinstance(other, Mask) else NotImplemented
+        )
+
+    def to_array(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> Array:
+        """The mask of one batch element and one query head as bool (T, S), to look at.
+
+        Raises:
+            ValueError: a size is not positive, or the mask's arrays do not fit it.
+            TypeError: a size is no integer.
+        """
+        T, S = positive_integer("T", T), positive_integer("S", S)
+        tile = whole_tile(T, S, (T, S), batch, head)
+        kept = self.bind(Sizes(T=T, S=S)).keep(tile, jnp.int32(0))
+        return jnp.broadcast_to(kept, tile.shape())[0, 0]
+
+
+def whole_tile(T: int, S: int, blocks: tuple[int, int], batch: int, head: int) -> QueryTile:
+    """The first tile of queries of one batch element and one query head."""
+    at = (jnp.int32(batch), jnp.int32(batch), jnp.int32(head), 1, 1, jnp.int32(0))
+    return QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
+
+
+@dataclass_transform(frozen_default=True)
+def _mask(cls: M) -> M:
+    """A frozen dataclass that is a pytree: its arrays are traced, its other fields static."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    data = [name for name in names if name in cls.arrays or name in cls.masks]
+    jax.tree_util.register_dataclass(cls, data, [name for name in names if name not in data])
+    return cls
+
+
+@_mask
+class CombinedMask(Mask):
+    """``a & b`` or ``a | b``; its tiles are judged from the judgements of a and of b."""
+
+    masks: ClassVar = ("a", "b")
+    op: Callable[[Any, Any], Any]
+    a: Mask
+    b: Mask
+
+    def bind(self, sizes: Sizes) -> Mask:
+        return CombinedMask(self.op, self.a.bind(sizes), self.b.bind(sizes))
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return self.op(self.a.keep(tile, j), self.b.keep(tile, j))
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        (some, every), (some_b, every_b) = self.a.tiles(tile), self.b.tiles(tile)
+        return self.op(some, some_b), self.op(every, every_b)
+
+
+@_mask
 class CausalMask(Mask):
     """Query t reads keys 0..t + offset.
 
     For T = 2, S = 4 and offset 1 the kept pairs are  1 1 0 0
                                                       1 1 1 0
+    Args:
+        offset: int32, a scalar or (B,).
     """
 
-    offset: int = 0
+    arrays: ClassVar = {"offset": ""}
+    offset: ArrayLike = 0
 
-    def keep(self, b, n, t, s):
-        return s <= t + self.offset
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return tile.s(j) <= tile.t + tile.of_element(self.offset)
 
-    def tiles(self, b, n, t, s):
-        return s.first <= t.last + self.offset, s.last <= t.first + self.offset
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        offset = tile.of_element(self.offset)
+        t, s = tile.queries, tile.keys
+        return s.first <= t.last + offset, s.last <= t.first + offset
+
+
+@_mask
+class WindowMask(Mask):
+    """Query t reads keys t + offset - left .. t + offset + right; None leaves a side open.
+
+    Args:
+        left: how many keys before position t + offset, >= 0 or None.
+        right: how many keys after it, >= 0 or None.
+        offset: int32, a scalar or (B,).
+
+    Raises:
+        ValueError: a side is negative.
+        TypeError: a side is neither an integer nor None.
+    """
+
+    arrays: ClassVar = {"offset": ""}
+    left: int | None
+    right: int | None
+    offset: ArrayLike = 0
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            object.__setattr__(self, name, window_side(name, getattr(self, name)))
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        s, t = tile.s(j), tile.t + tile.of_element(self.offset)
+        return _inside(self, Range(s, s), Range(t, t))
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        offset, s = tile.of_element(self.offset), tile.keys
+        first, last = tile.queries.first + offset, tile.queries.last + offset
+        some = _inside(self, Range(s.last, s.first), Range(first, last))
+        return some, _inside(self, s, Range(last, first))
+
+
+def _inside(mask: WindowMask, s: Range, t: Range) -> Array:
+    """Whether s.first is not left of the window of t.first, nor s.last right of that of t.last."""
+    inside = jnp.full(jnp.broadcast_shapes(s.first.shape, t.first.shape), True)
+    if mask.left is not None:
+        inside = inside & (s.first >= t.first - mask.left)
+    if mask.right is not None:
+        inside = inside & (s.last <= t.last + mask.right)
+    return inside
+
+
+@_mask
+class SegmentMask(Mask):
+    """A query reads the keys of its own segment: packed documents.
+
+    Tiles are judged by the smallest and largest id in them: ids that are sorted, or at least come
+    in runs, skip best.
+
+    Args:
+        q_ids: integers (T,) or (B, T).
+        kv_ids: integers (S,) or (B, S).
+    """
+
+    arrays: ClassVar = {"q_ids": "T", "kv_ids": "S"}
+    q_ids: ArrayLike
+    kv_ids: ArrayLike
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return tile.of_queries(self.q_ids) == tile.of_keys(self.kv_ids, j)
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        q = tile.of_queries(self.q_ids)
+        kv = tile.in_key_tiles(tile.of_element(self.kv_ids).reshape(1, 1, 1, -1))
+        q_low, q_high, low, high = jnp.min(q), jnp.max(q), jnp.min(kv, -1), jnp.max(kv, -1)
+        some = (low <= q_high) & (q_low <= high)
+        return some, some & (low == high) & (q_low == q_high)
+
+
+@_mask
+class LengthMask(Mask):
+    """Only the first q queries and kv keys exist, the rest is padding; None: all do.
+
+    Args:
+        q: int32, a scalar or (B,), or None.
+        kv: int32, a scalar or (B,), or None.
+    """
+
+    arrays: ClassVar = {"q": "", "kv": ""}
+    q: ArrayLike | None = None
+    kv: ArrayLike | None = None
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return _both_exist(self, tile, tile.t, tile.s(j))
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        t, s = tile.queries, tile.keys
+        some = _both_exist(self, tile, t.first, s.first)
+        return some, _both_exist(self, tile, t.last, s.last)
+
+
+def _both_exist(mask: LengthMask, tile: QueryTile, t: Array, s: Array) -> Array:
+    exist = jnp.full_like(s, True, dtype=bool)
+    if mask.q is not None:
+        exist = exist & (t < tile.of_element(mask.q))
+    if mask.kv is not None:
+        exist = exist & (s < tile.of_element(mask.kv))
+    return exist
+
+
+@_mask
+class PrefixMask(Mask):
+    """Every query reads keys 0..n-1. ``PrefixMask(n) | CausalMask()`` is a prefix language model.
+
+    Args:
+        n: int32, a scalar or (B,).
+    """
+
+    arrays: ClassVar = {"n": ""}
+    n: ArrayLike
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return tile.s(j) < tile.of_element(self.n)
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        n = tile.of_element(self.n)
+        return tile.keys.first < n, tile.keys.last < n
+
+
+@_mask
+class PredicateMask(Mask):
+    """Keeps where ``fn(b, h, q_index, k_index)`` is True. No tile is known to be empty or full.
+
+    Args:
+        fn: called under tracing with int32 indices that broadcast together (batch element, query
+            head, query, key); returns bool. It should be one function, not a new lambda per call:
+            calls are cached by it. It must not close over traced arrays.
+    """
+
+    fn: Callable[[Array, Array, Array, Array], Array]
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        kept = jnp.asarray(self.fn(tile.element, tile.n, tile.t, tile.s(j)))
+        if kept.dtype != bool:
+            raise TypeError(f"fn of PredicateMask must return bool; it returned {kept.dtype}")
+        return kept
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        unknown = jnp.full_like(tile.keys.first, True, dtype=bool)
+        return unknown, ~unknown
+
+
+@_mask
+class ArrayMask(Mask):
+    """The caller's own array: bool, broadcastable to (B, N, T, S), read tile by tile."""
+
+    arrays: ClassVar = {"kept": "NTS"}
+    kept: Array  # (B or 1, N or 1, T or 1, S or 1)
+
+    def bind(self, sizes: Sizes) -> Mask:
+        return ArrayMask(bind_scores("mask", self.kept, "bool", np.bool_, sizes))
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        return tile.of_scores(self.kept, j)
+
+    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
+        rows = tile.of_scores(self.kept)
+        some, every = jnp.any(rows, axis=2, keepdims=True), jnp.all(rows, axis=2, keepdims=True)
+        if rows.shape[3] == 1:
+            return some, every
+        return jnp.any(tile.in_key_tiles(some), -1), jnp.all(tile.in_key_tiles(every), -1)

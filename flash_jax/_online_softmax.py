@@ -63,6 +63,11 @@ def merge(a: State, b: State) -> State:
     return State(m, alpha * a.l + beta * b.l, alpha[:, None] * a.o + beta[:, None] * b.o)
 
 
+def add_logit(state: State, s: Array) -> State:
+    """Adds one more key of logit s (T,) and value 0: an attention sink."""
+    return merge(state, State(s, jnp.ones_like(s), jnp.zeros_like(state.o)))
+
+
 def finish(state: State) -> tuple[Array, Array]:
     """Output (T, H) and natural-log lse (T,). A row that has seen no key gives 0 and -inf."""
     empty = state.l == 0

@@ -1,18 +1,14 @@
 """The block schedule: which tiles of the score matrix are full, partial or skipped.
 
-Queries and keys are cut into tiles of (block_q, block_kv) pairs. The mask makes a tile
+The mask makes a tile of (block_q, block_kv) pairs
     full     every pair is kept: no mask work
     partial  the mask is applied inside the tile
     skipped  no pair is kept: neither loaded nor multiplied
-One row of the schedule is worked out when its query tile is reached, so memory stays O(T + S).
-
-Lengths need not divide: the last tile starts where it still fits, and so repeats some positions of
-the tile before it. Repeated queries are computed twice; repeated keys are masked.
+A row of the schedule is worked out when its tile of queries is reached: memory stays O(T + S).
 """
 
 from __future__ import annotations
 
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -20,79 +16,26 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from ._masks import Mask, Range
+from ._masks import Mask, whole_tile
+from ._query_tile import Axis, QueryTile
+from ._shapes import BlockSizes, Sizes, as_block_sizes, positive_integer
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2
 
 
-class BlockSizes(NamedTuple):
-    """Positions per tile: queries and keys. They change speed and rounding only."""
-
-    q: int
-    kv: int
-
-
-class Axis(NamedTuple):
-    """Positions 0..length-1 in tiles of ``block``."""
-
-    length: int
-    block: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.length // self.block)
-
-    @property
-    def ragged(self) -> bool:
-        return self.length % self.block != 0
-
-    def start(self, i: Array) -> Array:
-        """First position of tile i as it is loaded."""
-        return jnp.minimum(i * self.block, self.length - self.block)
-
-    def own(self, i: Array) -> Range:
-        """Positions of tile i that no tile before it has."""
-        return Range(i * self.block, jnp.minimum((i + 1) * self.block, self.length) - 1)
-
-    def loaded(self, i: Array) -> Range:
-        """Positions of tile i as it is loaded."""
-        return Range(self.start(i), self.start(i) + self.block - 1)
-
-
-class Tiling(NamedTuple):
-    """How T queries and S keys are cut into tiles. A block is never longer than its axis."""
-
-    q: Axis
-    kv: Axis
-
-    @classmethod
-    def of(cls, q_len: int, kv_len: int, blocks: BlockSizes) -> Tiling:
-        return cls(Axis(q_len, min(q_len, blocks.q)), Axis(kv_len, min(kv_len, blocks.kv)))
-
-
-def never_partial(mask: Mask | None, tiling: Tiling) -> bool:
+def never_partial(mask: Mask | None, kv: Axis) -> bool:
     """Whether it is known before any value is that every tile is full."""
-    return mask is None and not tiling.kv.ragged
+    return mask is None and not kv.ragged
 
 
-def status(mask: Mask | None, tiling: Tiling, b: Array, n: Array, i: Array) -> Array:
-    """Row i of the schedule: SKIPPED, PARTIAL or FULL of each of the key tiles, int32.
-
-    Args:
-        b: batch element.
-        n: (heads, groups, 1, 1) query heads that share the schedule.
-        i: query tile.
-    """
-    j = lax.iota(np.int32, tiling.kv.count)
-    keys = tiling.kv.own(j)
-    complete = keys.first == tiling.kv.start(j)
-    if mask is None:
-        return jnp.where(complete, np.int32(FULL), np.int32(PARTIAL))
-    keys = Range(*(x.reshape(1, 1, 1, -1) for x in keys))
-    shape = (*n.shape[:2], 1, tiling.kv.count)
-    some, every = mask.tiles(b, n, tiling.q.loaded(i), keys)
+def status(mask: Mask | None, tile: QueryTile) -> Array:
+    """A row of the schedule: SKIPPED, PARTIAL or FULL of each key tile, int32 (key tiles,)."""
+    count = tile.kv.count
+    complete = tile.keys.first == tile.kv.start(lax.iota(np.int32, count)).reshape(1, 1, 1, -1)
+    some, every = (True, True) if mask is None else mask.tiles(tile)
+    shape = (tile.heads, tile.groups, 1, count)
     some = jnp.any(jnp.broadcast_to(some, shape), axis=(0, 1, 2))
-    every = jnp.all(jnp.broadcast_to(every, shape), axis=(0, 1, 2)) & complete
+    every = jnp.all(jnp.broadcast_to(every & complete, shape), axis=(0, 1, 2))
     return jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
 
 
@@ -111,12 +54,10 @@ def visits(row: Array) -> Visits:
     return Visits(order, full, full + jnp.sum(row == PARTIAL, dtype=np.int32))
 
 
-def keep_tile(mask: Mask | None, tiling: Tiling, b: Array, n: Array, i: Array, j: Array) -> Array:
-    """The mask inside tile (i, j), bool, broadcastable to (heads, groups, block_q, block_kv)."""
-    t = (tiling.q.start(i) + lax.iota(np.int32, tiling.q.block)).reshape(1, 1, -1, 1)
-    s = (tiling.kv.start(j) + lax.iota(np.int32, tiling.kv.block)).reshape(1, 1, 1, -1)
-    own = s >= j * tiling.kv.block
-    return own if mask is None else own & mask.keep(b, n, t, s)
+def keep_tile(mask: Mask | None, tile: QueryTile, j: Array) -> Array:
+    """The mask inside key tile j, broadcastable to ``tile.shape()``: repeated keys count once."""
+    own = tile.s(j) >= j * tile.kv.block
+    return own if mask is None else own & mask.keep(tile, j)
 
 
 class BlockSchedule:
@@ -124,6 +65,7 @@ class BlockSchedule:
 
     Attributes:
         tiles: (query tiles, key tiles) int32 of ``BlockSchedule.FULL``, ``PARTIAL`` or ``SKIPPED``.
+            Where block_q does not divide T, the last tile of queries is moved up to end at T.
         block_sizes: positions per tile.
     """
 
@@ -148,22 +90,30 @@ class BlockSchedule:
 
 
 def block_schedule(
-    mask: Mask | None, q_len: int, kv_len: int, block_sizes: tuple[int, int]
+    mask: Mask | None,
+    T: int,
+    S: int,
+    block_sizes: tuple[int, int],
+    *,
+    batch: int = 0,
+    head: int = 0,
 ) -> BlockSchedule:
     """The schedule that attention with this mask follows.
 
     Args:
         mask: which pairs are kept; None keeps all.
-        q_len: T.
-        kv_len: S.
+        T: number of queries.
+        S: number of keys.
         block_sizes: positions per tile, queries and keys.
+        batch: which batch element, where the mask's arrays differ between them.
+        head: which query head.
 
     Returns:
         The schedule of T / block_q rows and S / block_kv columns, rounded up.
 
     Raises:
-        ValueError: a length or block size is not positive; the message names it.
-        TypeError: one is no integer, or mask is no Mask.
+        ValueError: a size is not positive, or the mask's arrays do not fit; the message names it.
+        TypeError: a size is no integer, or mask is no Mask.
 
     Example:
         >>> from flash_jax import CausalMask
@@ -175,30 +125,9 @@ def block_schedule(
     """
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(f"mask must be a Mask or None; it is {type(mask).__name__}")
-    lengths = positive_integer("q_len", q_len), positive_integer("kv_len", kv_len)
-    blocks = as_block_sizes(block_sizes)
-    tiling = Tiling.of(*lengths, blocks)
-    b, n = jnp.int32(0), jnp.zeros((1, 1, 1, 1), np.int32)
-    rows = jax.vmap(lambda i: status(mask, tiling, b, n, i))
-    tiles = rows(lax.iota(np.int32, tiling.q.count))
-    return BlockSchedule(np.asarray(tiles), BlockSizes(tiling.q.block, tiling.kv.block))
-
-
-def as_block_sizes(block_sizes: tuple[int, int]) -> BlockSizes:
-    """A pair of positive integers, or an error that names it."""
-    if not isinstance(block_sizes, tuple | list) or len(block_sizes) != 2:
-        raise TypeError(f"block_sizes must be a pair of integers; it is {block_sizes!r}")
-    q, kv = (
-        positive_integer(f"block_sizes.{name}", x)
-        for name, x in zip(BlockSizes._fields, block_sizes, strict=True)
-    )
-    return BlockSizes(q, kv)
-
-
-def positive_integer(name: str, value: object) -> int:
-    """value as an int, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer; it is {value!r}")
-    if value <= 0:
-        raise ValueError(f"{name} must be > 0; it is {value!r}")
-    return int(value)
+    T, S = positive_integer("T", T), positive_integer("S", S)
+    tile = whole_tile(T, S, as_block_sizes(block_sizes), batch, head)
+    bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
+    rows = jax.vmap(lambda i: status(bound, tile._replace(i=i)))
+    tiles = rows(lax.iota(np.int32, tile.q.count))
+    return BlockSchedule(np.asarray(tiles), BlockSizes(tile.q.block, tile.kv.block))

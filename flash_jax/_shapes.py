@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any, NamedTuple
+
 import chex
+import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.core import Tracer
 
+_MAX_LENGTH = 2**30
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -41,7 +48,7 @@ def check_shape(name: str, x: Array, axes: str, expected: tuple[int | None, ...]
     message = f"{name} must be {axes} = ({sizes}); its shape is {x.shape}"
     chex.assert_shape(x, expected, exception_type=ValueError, custom_message=message)
     # Positions are int32, and the end of a tile is computed from its start.
-    if max(x.shape) >= 2**30:
+    if max(x.shape, default=0) >= _MAX_LENGTH:
         raise ValueError(f"{name} must have axes shorter than 2**30; its shape is {x.shape}")
 
 
@@ -73,3 +80,144 @@ def check_groups(q_name: str, N: int, k_name: str, K: int) -> None:
     """Checks that every key/value head serves equally many query heads."""
     if N != K and (K == 0 or N % K):
         raise ValueError(f"{q_name} heads must be a multiple of {k_name} heads; got N={N}, K={K}")
+
+
+class BlockSizes(NamedTuple):
+    """Positions per tile: queries and keys. They change speed and rounding only."""
+
+    q: int
+    kv: int
+
+
+class Sizes(NamedTuple):
+    """The sizes that the arrays of options must fit; None fits any."""
+
+    B: int | None = None
+    N: int | None = None
+    T: int | None = None
+    S: int | None = None
+    batched: bool = True  # False: the call has no batch axis
+
+
+def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
+    """Integers of shape ``axes`` or (B, *axes) as int32 whose first axis is B or 1."""
+    return _bind_rows(name, _of_kind(name, x, "integers", np.integer), axes, sizes).astype(np.int32)
+
+
+def bind_reals(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
+    """Real numbers of shape ``axes`` or (B, *axes), as an array whose first axis is B or 1."""
+    if axes:
+        x = _of_kind(name, x, "floats", jnp.floating)
+    return _bind_rows(
+        name, _of_kind(name, x, "real numbers", (np.integer, jnp.floating)), axes, sizes
+    )
+
+
+def bind_scores(name: str, x: Any, spelled: str, kind: type, sizes: Sizes) -> Array:
+    """x broadcastable to (B, N, T, S), with all four axes, each of its full size or 1."""
+    x = _of_kind(name, x, spelled, kind)
+    full = (sizes.B, sizes.N, sizes.T, sizes.S)
+    shape = (1,) * (4 - x.ndim) + x.shape
+    if len(shape) != 4 or not all(
+        n == 1 or m is None or n == m for n, m in zip(shape, full, strict=True)
+    ):
+        target = "(B, N, T, S)" if sizes.batched else "(1, N, T, S)"
+        raise ValueError(f"{name} must broadcast to {target} = {full}; its shape is {x.shape}")
+    return x.reshape(shape)
+
+
+def _bind_rows(name: str, x: Array, axes: str, sizes: Sizes) -> Array:
+    expected = tuple(getattr(sizes, axis) for axis in axes)
+    if x.ndim == len(axes) + 1 and sizes.batched:
+        check_shape(name, x, f"({', '.join(['B', *axes])})", (sizes.B, *expected))
+        return x
+    check_shape(name, x, f"({', '.join(axes)})", expected)
+    return x[None]
+
+
+def _of_kind(name: str, x: Any, spelled: str, kinds: type | tuple[type, ...]) -> Array:
+    x = jnp.asarray(x)
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
+        raise TypeError(f"{name} must be {spelled}; its dtype is {x.dtype}")
+    return x
+
+
+def check_array(name: str, x: Any) -> None:
+    """Checks that an option is None, a number or an array."""
+    if not (
+        x is None or isinstance(x, numbers.Real) or (hasattr(x, "dtype") and hasattr(x, "shape"))
+    ):
+        raise TypeError(f"{name} must be an array or None; it is {type(x).__name__}")
+
+
+def check_bool(name: str, x: Any) -> bool:
+    """x as a bool that is known before any value is, or an error that names it."""
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"{name} must be a bool, known at trace time; it is {x!r}")
+    return bool(x)
+
+
+def check_positive(name: str, x: Any) -> None:
+    """Checks that a number, where its value is known, is finite and > 0."""
+    if x is None or isinstance(x, Tracer):
+        return
+    if not np.all(np.isfinite(x) & (np.asarray(x) > 0)):
+        raise ValueError(f"{name} must be finite and > 0; it is {x}")
+
+
+def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:
+    """The rate as a float in [0, 1), with a key where one is needed."""
+    if isinstance(rate, bool) or not isinstance(rate, float | int | np.floating):
+        raise TypeError(f"{name} must be a number, known at trace time; it is {rate!r}")
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be in [0, 1); it is {rate!r}")
+    if rate and rng is None:
+        raise ValueError(f"{rng_name} must be given where {name} is > 0; it is None")
+    if rng is not None:
+        typed = hasattr(rng, "dtype") and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
+        raw = hasattr(rng, "dtype") and rng.dtype == np.uint32 and rng.ndim == 1
+        if not (raw or (typed and rng.ndim == 0)):
+            raise TypeError(f"{rng_name} must be one PRNG key; it is {rng!r}")
+    return float(rate)
+
+
+def check_window(name: str, window: Any) -> tuple[int | None, int | None] | None:
+    """None, w or (left, right) as None or a pair of sides, or an error that names it."""
+    if window is None:
+        return None
+    if isinstance(window, tuple | list):
+        if len(window) != 2:
+            raise ValueError(f"{name} must be an integer or (left, right); it is {window!r}")
+    else:
+        window = (window, window)
+    left, right = (window_side(name, side) for side in window)
+    return left, right
+
+
+def window_side(name: str, side: Any) -> int | None:
+    """One side of a window as an int >= 0 or None, or an error that names it."""
+    if side is None:
+        return None
+    if isinstance(side, bool) or not isinstance(side, numbers.Integral):
+        raise TypeError(f"{name} must be an integer or None; it is {side!r}")
+    if side < 0:
+        raise ValueError(f"{name} must be >= 0; it is {side!r}")
+    return min(int(side), _MAX_LENGTH)  # wider than any sequence is open
+
+
+def positive_integer(name: str, value: object) -> int:
+    """value as an int, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; it is {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be > 0; it is {value!r}")
+    return int(value)
+
+
+def as_block_sizes(block_sizes: Any) -> BlockSizes:
+    """A pair of positive integers, or an error that names it."""
+    if not isinstance(block_sizes, tuple | list) or len(block_sizes) != 2:
+        raise TypeError(f"block_sizes must be a pair of integers; it is {block_sizes!r}")
+    q = positive_integer("block_sizes.q", block_sizes[0])
+    return BlockSizes(q, positive_integer("block_sizes.kv", block_sizes[1]))

@@ -6,8 +6,8 @@
     python tests/benchmarks/bench_attention.py --compile       compile time of 32 heads by length
 
 PyTorch joins where it is installed (extra ``bench``). ``matmul`` is XLA's own float32 product of
-two 2048 x 2048 matrices. Ratios are the median over rounds of (other / flash_jax) within one round, so
-above 1 flash_jax is faster; machine noise hits both sides of a round alike.
+two 2048 x 2048 matrices. Ratios are the median over rounds of (other / flash_jax) within one
+round: above 1 flash_jax is faster, and machine noise hits both sides of a round alike.
 """
 
 import argparse
