@@ -14,9 +14,10 @@ from jax.typing import ArrayLike
 
 from ._block_sizes import fastest_blocks
 from ._dropout import bind_key
-from ._forward import Operands, Static, forward
 from ._machine import machine
 from ._masks import ArrayMask, CausalMask, LengthMask, Mask, SegmentMask, WindowMask
+from ._operands import Operands, Static
+from ._primitives import attention
 from ._scores import Scores
 from ._shapes import (
     BlockSizes,
@@ -257,7 +258,7 @@ def _attention(
     if dropout_rng is not None and options.dropout_rate:
         dropout_key = bind_key(dropout_rng)
     operands = Operands(query, key, value, scores, real("sinks", "N"), dropout_key)
-    out, lse = forward(operands, Static(blocks, Layout.HEADS_LAST, options.dropout_rate))
+    out, lse = attention(operands, Static(blocks, Layout.HEADS_LAST, B, options.dropout_rate))
     return (out, lse) if batched else (out[0], lse[0])
 
 

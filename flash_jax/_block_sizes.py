@@ -56,15 +56,15 @@ def fastest_blocks(
     return BlockSizes(_even(T, min(_MAX_BLOCK_Q, max(64, most))), block_kv)
 
 
-def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, masked: bool) -> int:
+def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copies: int) -> int:
     """How many key/value heads share a step; divides ``heads``.
 
     Args:
         heads: key/value heads.
         rows: rows of scores of one key/value head in a tile.
-        masked: whether tiles may be partial. Masking keeps a second copy of the scores.
+        copies: how many arrays of the tile's scores live at once.
     """
-    most = score_bytes(machine) // (4 * rows * block_kv * (2 if masked else 1))
+    most = score_bytes(machine) // (4 * rows * block_kv * copies)
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, most))
 
 

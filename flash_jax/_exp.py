@@ -10,6 +10,7 @@ and 2^n is assembled from its bits: adding 1.5 * 2^23 + 127 to n leaves n + 127,
 exponent, in the low bits of the mantissa.
 """
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -30,6 +31,7 @@ _TWO_TO_F = tuple(
 _EXPONENT_TO_MANTISSA = np.float32(1.5 * 2**23 + 127)
 
 
+@jax.custom_jvp
 def exp(x: Array) -> Array:
     """exp(x) for x <= 0, -inf or NaN; in float32 below exp(-88) the result is 0."""
     if x.dtype != jnp.float32:
@@ -43,3 +45,9 @@ def exp(x: Array) -> Array:
         p = p * f + c
     biased = lax.bitcast_convert_type(n + _EXPONENT_TO_MANTISSA, jnp.int32)
     return p * lax.bitcast_convert_type(lax.shift_left(biased, np.int32(23)), jnp.float32)
+
+
+@exp.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = exp(*primals)
+    return y, y * tangents[0]

@@ -1,131 +1,108 @@
 """The forward pass: for every query tile, one scan over the key tiles it may read.
 
-Full key tiles are absorbed into the online-softmax state first, then partial ones with the mask
-applied; skipped ones are never touched (``_schedule``).
-
 Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
 from . import _online_softmax as online
-from ._block_sizes import heads_per_step
-from ._dropout import drop
-from ._machine import machine
-from ._query_tile import Axis, QueryTile
-from ._schedule import visits
-from ._scores import Scores
-from ._shapes import BlockSizes
-from ._tiles import Layout, fold_batch, put_tile, take_tile
+from ._operands import (
+    Operands,
+    Sizes,
+    Static,
+    finite,
+    kept_weights,
+    kv_tile,
+    over_key_tiles,
+    over_query_tiles,
+    q_tile,
+)
+from ._query_tile import QueryTile
+from ._tiles import put_tile
 
 
-class Operands(NamedTuple):
-    """What may be traced. Every array's first axis is the batch, of size B or 1."""
+class Results(NamedTuple):
+    """Of the forward pass; m and l are kept for the derivatives, which recompute p = exp(s - m) / l."""
 
-    q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says
-    k: Array  # (B, K, S, H) or (B, S, K, H)
-    v: Array  # as k; its head size may differ
-    scores: Scores
-    sinks: Array | None = None  # (B, N): one more logit in the denominator
-    dropout_key: Array | None = None  # (B, 2) uint32
+    out: Array  # laid out as q, of its dtype
+    lse: Array  # (B, N, T) natural log
+    m: Array  # (B, N, T)
+    l: Array  # (B, N, T)
 
 
-class Static(NamedTuple):
-    """What is known before any value is, and compiled in."""
-
-    blocks: BlockSizes
-    layout: Layout
-    dropout_rate: float = 0.0
-
-
-def forward(operands: Operands, static: Static) -> tuple[Array, Array]:
-    """Attention: output, laid out as q and of its dtype, and natural-log lse (B, N, T)."""
-    B = operands.q.shape[0]
-    return fold_batch(functools.partial(_forward, static=static, batch=B), operands)
+def forward_shapes(operands: Operands, static: Static) -> Results:
+    """Shapes and dtypes of the results."""
+    sizes = Sizes.of(operands, static)
+    rows = jax.ShapeDtypeStruct((sizes.rows, sizes.N, sizes.T), sizes.acc)
+    out = static.layout.axes(sizes.rows, sizes.N, sizes.T, sizes.Hv)
+    return Results(jax.ShapeDtypeStruct(tuple(out), operands.q.dtype), rows, rows, rows)  # pyright: ignore
 
 
-def _forward(operands: Operands, static: Static, batch: int) -> tuple[Array, Array]:
-    """Of ``batch`` elements, or of a multiple where vmapped calls are folded in."""
-    q, k, v, scores, *_ = operands
-    layout = static.layout
-    rows = max(x.shape[0] for x in jax.tree.leaves(operands))
-    (_, N, T, _), (_, K, S, _) = layout.sizes(q), layout.sizes(k)
-    acc = jnp.promote_types(q.dtype, jnp.float32)
-    out = jnp.zeros(layout.axes(rows, N, T, v.shape[-1]), q.dtype)
-    lse = jnp.full((rows, N, T), -jnp.inf, acc)
-    if operands.sinks is not None:
-        lse = jnp.broadcast_to(operands.sinks.astype(acc)[..., None], lse.shape)
-    if 0 in (*out.shape, S):
-        return out, lse
-
-    q_axis, kv_axis = Axis.of(T, static.blocks.q), Axis.of(S, static.blocks.kv)
-    masked = not scores.always_full(kv_axis)
-    heads = heads_per_step(machine(), K, N // K * q_axis.block, kv_axis.block, masked)
+def forward(operands: Operands, static: Static) -> Results:
+    """Attention of every query head, with its softmax statistics."""
+    sizes = Sizes.of(operands, static)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forward_shapes(operands, static))
+    if sizes.empty:
+        if operands.sinks is None:
+            return results._replace(lse=jnp.full_like(results.lse, -jnp.inf))
+        sinks = operands.sinks.astype(sizes.acc)[..., None]
+        lse = jnp.broadcast_to(sinks, results.lse.shape)
+        return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     # 0 * v is NaN where v is NaN or infinite: one fast sum tells whether any value is.
-    finite = jnp.isfinite(jnp.sum(v * 0, dtype=acc))
+    all_finite = jnp.isfinite(jnp.sum(operands.v * 0, dtype=sizes.acc))
 
-    def query_tile(step: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
-        row, step = jnp.divmod(step, np.int32(K // heads * q_axis.count))
-        group, i = jnp.divmod(step, np.int32(q_axis.count))
-        tile = QueryTile(
-            q_axis, kv_axis, row, row % np.int32(batch), group * heads, heads, N // K, i
+    def step(tile: QueryTile, results: Results) -> Results:
+        state = _attend(operands, static, tile, all_finite)
+        out, lse = jax.vmap(online.finish)(state)
+        n, t = tile.head * tile.groups, tile.q.start(tile.i)
+        shape = (1, tile.heads * tile.groups, tile.q.block)
+        out = out.reshape(*shape[1:], sizes.Hv).astype(operands.q.dtype)
+        rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
+        return Results(
+            put_tile(static.layout, results.out, out, tile.row, n, t),
+            *(
+                lax.dynamic_update_slice(x, new, (tile.row, n, t))
+                for x, new in zip(results[1:], rows, strict=True)
+            ),
         )
-        o, lse = _attend(operands, static, finite, tile)
-        n, t = tile.head * tile.groups, q_axis.start(i)
-        return (
-            put_tile(layout, results[0], o.astype(q.dtype), row, n, t),
-            lax.dynamic_update_slice(results[1], lse[None], (row, n, t)),
-        )
 
-    steps = np.int32(rows * (K // heads) * q_axis.count)
-    return lax.fori_loop(np.int32(0), steps, query_tile, (out, lse))
+    return over_query_tiles(operands, static, step, results, copies=1)
 
 
-def _attend(
-    operands: Operands, static: Static, finite: Array, tile: QueryTile
-) -> tuple[Array, Array]:
-    """Output (heads * groups, block_q, Hv) and lse (heads * groups, block_q) of one query tile."""
-    q, k, v, scores, sinks, dropout_key = operands
+def _attend(operands: Operands, static: Static, tile: QueryTile, all_finite: Array) -> online.State:
+    """The state of one query tile's rows after all the keys they may read."""
+    q, k, v, scores, sinks, _ = operands
     acc = jnp.promote_types(q.dtype, jnp.float32)
-    q_heads, q_start = tile.heads * tile.groups, tile.q.start(tile.i)
-    q_tile = take_tile(
-        static.layout, q, tile.row, tile.head * tile.groups, q_heads, q_start, tile.q.block
-    )
-    q_tile = scores.scaled(tile, q_tile.reshape(tile.heads, tile.rows, -1).astype(acc))
-
-    def kv_tile(x: Array, j: Array) -> Array:
-        start, size = tile.kv.start(j), tile.kv.block
-        return take_tile(static.layout, x, tile.row, tile.head, tile.heads, start, size).astype(acc)
+    q = scores.scaled(tile, q_tile(static, tile, q, acc))
 
     def absorb(j: Array, state: online.State, s: Array, v: Array) -> online.State:
-        if dropout_key is None:
+        kept = kept_weights(operands, static, tile, j)
+        if kept is None:
             return jax.vmap(online.absorb)(state, s, v)
-        kept = drop(dropout_key, static.dropout_rate, tile, j, acc)
         weigh = lambda kept: lambda p, v: online.dot(p * kept, v)  # noqa: E731
         step = lambda state, s, v, kept: online.absorb(state, s, v, weigh(kept))  # noqa: E731
         return jax.vmap(step)(state, s, v, kept)
 
-    def full_tile(j: Array, state: online.State) -> online.State:
-        return absorb(j, state, scores.logits(tile, j, q_tile, kv_tile(k, j)), kv_tile(v, j))
+    def logits(j: Array) -> Array:
+        s = scores.products(q, kv_tile(static, tile, k, j, acc))
+        return scores.logits(tile, j, scores.local(tile, j), s)
 
-    def partial_tile(j: Array, state: online.State) -> online.State:
-        s = scores.logits(tile, j, q_tile, kv_tile(k, j))
-        v_tile = kv_tile(v, j)
-        # 0 * NaN is NaN: a masked value must be finite to vanish.
-        v_tile = jnp.where(jnp.isfinite(v_tile), v_tile, 0)
-        return absorb(j, state, jnp.where(scores.keep(tile, j), s, -jnp.inf), v_tile)
+    def full(j: Array, state: online.State) -> online.State:
+        return absorb(j, state, logits(j), kv_tile(static, tile, v, j, acc))
 
-    def show_nonfinite(j: Array, o: Array) -> Array:
+    def partial(j: Array, state: online.State) -> online.State:
+        s = jnp.where(scores.keep(tile, j), logits(j), -jnp.inf)
+        return absorb(j, state, s, finite(kv_tile(static, tile, v, j, acc)))
+
+    def nonfinite(j: Array, o: Array) -> Array:
         """Adds the NaN and infinite values that are kept in a partial tile, and left out above."""
-        v_tile, kept = kv_tile(v, j), scores.keep(tile, j).astype(acc)
+        v_tile, kept = kv_tile(static, tile, v, j, acc), scores.keep(tile, j).astype(acc)
         kinds = [jnp.isnan(v_tile), jnp.isposinf(v_tile), jnp.isneginf(v_tile)]
         for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
             seen = jax.vmap(online.dot)(kept, kind.astype(acc))
@@ -134,20 +111,11 @@ def _attend(
 
     state = online.start(tile.rows, v.shape[-1], acc)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
-    if scores.always_full(tile.kv):
-        state = lax.fori_loop(np.int32(0), np.int32(tile.kv.count), full_tile, state)
-    else:
-        order, full, end = visits(scores.schedule_row(tile))
-        at = lambda step: lambda x, carry: step(order[x], carry)  # noqa: E731
-        if scores.bias is None:
-            state = lax.fori_loop(np.int32(0), full, at(full_tile), state)
-        state = lax.fori_loop(full, end, at(partial_tile), state)
-        o = lax.cond(
-            finite, lambda o: o, lambda o: lax.fori_loop(full, end, at(show_nonfinite), o), state.o
-        )
-        state = state._replace(o=o)
+    state = over_key_tiles(operands, tile, full, partial, state)
+    if not scores.always_full(tile.kv):
+        show = lambda o: over_key_tiles(operands, tile, lambda _, o: o, nonfinite, o)  # noqa: E731
+        state = state._replace(o=lax.cond(all_finite, lambda o: o, show, state.o))
     if sinks is not None:
-        sink = jnp.broadcast_to(tile.of_heads(sinks), (tile.heads, tile.groups, tile.q.block, 1))
-        state = jax.vmap(online.add_logit)(state, sink.reshape(state.m.shape).astype(acc))
-    o, lse = jax.vmap(online.finish)(state)
-    return o.reshape(q_heads, tile.q.block, -1), lse.reshape(q_heads, tile.q.block)
+        sink = tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0]
+        state = jax.vmap(online.add_logit)(state, sink)
+    return state

@@ -10,8 +10,9 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from ._config import FlashAttentionConfig
-from ._forward import Operands, Static, forward
 from ._masks import CausalMask
+from ._operands import Operands, Static
+from ._primitives import attention
 from ._scores import Scores
 from ._shapes import Sizes, as_floats, check_kernel, check_rank
 from ._tiles import Layout
@@ -98,5 +99,5 @@ def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Ar
     scale = jnp.full((1,), config.scale, jnp.promote_types(q.dtype, jnp.float32))
     mask = CausalMask().bind(Sizes()) if config.causal else None
     operands = Operands(q[None], k[None], v[None], Scores(scale, mask))
-    out, _ = forward(operands, Static(config.block_sizes, Layout.HEADS_FIRST))
+    out, _ = attention(operands, Static(config.block_sizes, Layout.HEADS_FIRST, batch=1))
     return out[0]

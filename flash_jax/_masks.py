@@ -84,7 +84,7 @@ class Mask:
 
 def whole_tile(T: int, S: int, blocks: tuple[int, int], batch: int, head: int) -> QueryTile:
     """The first tile of queries of one batch element and one query head."""
-    at = (jnp.int32(batch), jnp.int32(batch), jnp.int32(head), 1, 1, jnp.int32(0))
+    at = (jnp.int32(batch), (batch + 1, batch + 1), jnp.int32(head), 1, 1, jnp.int32(0))
     return QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
 
 

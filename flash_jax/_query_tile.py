@@ -57,8 +57,8 @@ class QueryTile(NamedTuple):
     Attributes:
         q: how the queries are cut.
         kv: how the keys are cut.
-        row: the batch element's row in arrays, whose first axis may hold vmapped calls, too.
-        element: the batch element.
+        row: which batch element of which vmapped call: call * B + element.
+        batch: how many rows there are, and B.
         head: the first key/value head.
         heads: how many key/value heads.
         groups: query heads per key/value head.
@@ -68,7 +68,7 @@ class QueryTile(NamedTuple):
     q: Axis
     kv: Axis
     row: Array
-    element: Array
+    batch: tuple[int, int]
     head: Array
     heads: int
     groups: int
@@ -110,14 +110,23 @@ class QueryTile(NamedTuple):
         """Rows of scores of one key/value head."""
         return self.groups * self.q.block
 
-    def as_rows(self, x: Array) -> Array:
-        """(heads, rows, block_kv) of scores that broadcast to ``shape()``."""
-        x = jnp.broadcast_to(x, self.shape())
-        return x.reshape(self.heads, self.rows, self.kv.block)
+    def as_rows(self, x: Array, width: int | None = None) -> Array:
+        """(heads, rows, width) of what broadcasts to ``shape()``, with width for block_kv."""
+        x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
+        return x.reshape(self.heads, self.rows, -1)
+
+    @property
+    def element(self) -> Array:
+        """Which batch element of its call."""
+        return self.row % np.int32(self.batch[1])
+
+    def row_of(self, x: Array) -> Array:
+        """Index into the first axis of x, each entry of which serves equally many rows."""
+        return self.row // np.int32(self.batch[0] // x.shape[0])
 
     def of_element(self, x: Any) -> Array:
-        """x[row], where a first axis of size 1 serves every batch element."""
-        return lax.dynamic_index_in_dim(x, self.row, 0, keepdims=False)
+        """The part of x for this batch element, without its first axis."""
+        return lax.dynamic_index_in_dim(x, self.row_of(x), 0, keepdims=False)
 
     def of_heads(self, x: Any) -> Array:
         """(heads, groups, 1, 1) of x (B or 1, N)."""
@@ -141,7 +150,7 @@ class QueryTile(NamedTuple):
 
         (heads, groups, block_q, block_kv or S), with 1 where x has 1.
         """
-        x = lax.dynamic_index_in_dim(x, self.row, 0, keepdims=False)
+        x = self.of_element(x)
         parts = [
             (self.head * self.groups, self.heads * self.groups),
             (self.q.start(self.i), self.q.block),

@@ -22,6 +22,14 @@ from ._query_tile import Axis, QueryTile
 from ._schedule import PARTIAL, keep_tile, never_partial, status
 
 
+class Local(NamedTuple):
+    """The part of the parameters of scores that one tile depends on."""
+
+    soft_cap: Array | None  # ()
+    alibi_slopes: Array | None  # (heads, groups, 1, 1)
+    bias: Array | None  # broadcastable to (heads, groups, block_q, block_kv)
+
+
 class Scores(NamedTuple):
     """What turns products of queries and keys into logits. Each array's first axis is B or 1."""
 
@@ -36,10 +44,15 @@ class Scores(NamedTuple):
         """Whether it is known before any value is that no tile needs a mask."""
         return never_partial(self.mask, kv) and self.bias is None
 
+    @property
+    def always_partial(self) -> bool:
+        """Whether every tile needs a mask: a bias may be -inf anywhere."""
+        return self.bias is not None
+
     def schedule_row(self, tile: QueryTile) -> Array:
-        """What each key tile is, as ``_schedule.status``. A bias may mask anywhere."""
+        """What each key tile is, as ``_schedule.status``."""
         row = status(self.mask, tile)
-        return row if self.bias is None else jnp.minimum(row, np.int32(PARTIAL))
+        return row if not self.always_partial else jnp.minimum(row, np.int32(PARTIAL))
 
     def scaled(self, tile: QueryTile, q: Array) -> Array:
         """Queries times the scale, in q's dtype.
@@ -56,20 +69,26 @@ class Scores(NamedTuple):
             kept = kept & ~jnp.isneginf(tile.of_scores(self.bias, j))
         return tile.as_rows(kept)
 
-    def logits(self, tile: QueryTile, j: Array, q: Array, k: Array) -> Array:
-        """Logits (heads, rows, block_kv) of key tile j before the mask.
+    def products(self, q: Array, k: Array) -> Array:
+        """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
+        return jax.vmap(lambda q, k: dot(q, k.T))(q, k)
 
-        Args:
-            q: (heads, rows, H) scaled queries.
-            k: (heads, block_kv, H) keys.
-        """
-        s = jax.vmap(lambda q, k: dot(q, k.T))(q, k)
-        if self.soft_cap is not None:
-            cap = tile.of_element(self.soft_cap).astype(s.dtype)
-            s = cap * jnp.tanh(s / cap)
-        if self.alibi_slopes is not None and self.offset is not None:
+    def local(self, tile: QueryTile, j: Array) -> Local:
+        """The parameters that the logits of key tile j depend on."""
+        return Local(
+            None if self.soft_cap is None else tile.of_element(self.soft_cap),
+            None if self.alibi_slopes is None else tile.of_heads(self.alibi_slopes),
+            None if self.bias is None else tile.of_scores(self.bias, j),
+        )
+
+    def logits(self, tile: QueryTile, j: Array, local: Local, s: Array) -> Array:
+        """What the products s (heads, rows, block_kv) of key tile j become before the mask."""
+        soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        if slopes is not None and self.offset is not None:
             distance = jnp.abs(tile.t + tile.of_element(self.offset) - tile.s(j)).astype(s.dtype)
-            s = s - tile.as_rows(tile.of_heads(self.alibi_slopes).astype(s.dtype) * distance)
-        if self.bias is not None:
-            s = s + tile.as_rows(tile.of_scores(self.bias, j).astype(s.dtype))
+            s = s - tile.as_rows(slopes * distance)
+        if bias is not None:
+            s = s + tile.as_rows(bias)
         return s

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -5,10 +7,20 @@ from jax import numpy as jnp
 
 from flash_jax import (
     BlockSizes,
+    CausalMask,
     FlashAttentionConfig,
+    LengthMask,
+    PredicateMask,
+    PrefixMask,
+    SegmentMask,
+    WindowMask,
     block_schedule,
+    dot_product_attention,
+    flash_attention,
     flash_attention_forward,
+    flash_attention_with_lse,
     flash_mha,
+    merge_attention,
     reference_attention,
 )
 
@@ -104,7 +116,7 @@ def forward(q=Q[0], k=K[0], v=V[0], config=CONFIG):
         ),
         (lambda: FlashAttentionConfig.auto(-1, 5, 5), ValueError, r"head_dim must be > 0"),
         (lambda: block_schedule("causal", 5, 5, (2, 2)), TypeError, r"mask must be a Mask or None"),
-        (lambda: block_schedule(None, 0, 5, (2, 2)), ValueError, r"q_len must be > 0"),
+        (lambda: block_schedule(None, 0, 5, (2, 2)), ValueError, r"T must be > 0; it is 0"),
         (lambda: block_schedule(None, 5, 5, (2, 0)), ValueError, r"block_sizes.kv must be > 0"),
         (lambda: block_schedule(None, 5, 5, 2), TypeError, r"block_sizes must be a pair"),
     ],
@@ -135,3 +147,426 @@ def test_config_constructors():
         assert make(16).softmax_scale == 0.25
         assert not make(16).causal
         assert make(16, causal=True, softmax_scale=2).softmax_scale == 2.0
+
+
+# Model level. Sizes are distinct, so that no array fits by accident.
+
+B, T, S, N, NK, H = 2, 5, 7, 6, 3, 4
+QUERY = np.ones((B, T, N, H), np.float32)
+KEY = np.ones((B, S, NK, H), np.float32)
+VALUE = np.ones((B, S, NK, 2), np.float32)
+RNG = jax.random.key(0)
+
+
+def f32(*shape):
+    return np.ones(shape, np.float32)
+
+
+def i32(*shape):
+    return np.ones(shape, np.int32)
+
+
+def attend(query=QUERY, key=KEY, value=VALUE, **options):
+    return flash_attention_with_lse(query, key, value, **options)
+
+
+def unbatched(**options):
+    return flash_attention(QUERY[0], KEY[0], VALUE[0], **options)
+
+
+# The arguments of a call, the error, and what it must be: the message also names the (last)
+# argument and says what it is, its shape, dtype, kind or value.
+BAD_ARRAYS = [
+    ({"query": QUERY[0, 0]}, ValueError, "(B, T, N, H) or (T, N, H)"),
+    ({"query": QUERY[None]}, ValueError, "(B, T, N, H) or (T, N, H)"),
+    ({"query": QUERY.tolist()}, TypeError, "an array"),
+    ({"query": None}, TypeError, "an array"),
+    ({"query": QUERY.astype(np.int32)}, TypeError, "one of float32"),
+    ({"query": QUERY.astype(np.complex64)}, TypeError, "one of float32"),
+    ({"query": QUERY.astype(jnp.float8_e4m3fn)}, TypeError, "one of float32"),
+    ({"key": KEY[0]}, ValueError, "(B of query, S, K, H of query)"),
+    ({"key": KEY[:1]}, ValueError, "(2, any, any, 4)"),
+    ({"key": KEY[..., :3]}, ValueError, "(2, any, any, 4)"),
+    ({"key": KEY.astype(np.float16)}, ValueError, "the dtype of query, float32"),
+    ({"value": VALUE[:, :3]}, ValueError, "(B of query, S of key, K of key, Hv) = (2, 7, 3, any)"),
+    ({"value": VALUE[:, :, :1]}, ValueError, "(2, 7, 3, any)"),
+    ({"value": VALUE[0]}, ValueError, "(B of query, S of key, K of key, Hv)"),
+    ({"value": VALUE.astype(bool)}, TypeError, "one of float32"),
+    ({"bias": f32(T, S).astype(int)}, TypeError, "floats"),
+    ({"bias": np.ones((T, S), bool)}, TypeError, "floats"),
+    ({"bias": [[1.0]]}, TypeError, "an array or None"),
+    ({"bias": f32(T, S + 1)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
+    ({"bias": f32(1, NK, T, S)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
+    ({"bias": f32(1, 1, 1, T, S)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
+    ({"mask": i32(T, S)}, TypeError, "bool"),
+    ({"mask": f32(T, S)}, TypeError, "bool"),
+    ({"mask": 1}, TypeError, "bool"),
+    ({"mask": "causal"}, TypeError, "an array"),
+    ({"mask": CausalMask}, TypeError, "an array"),
+    ({"mask": np.ones((T + 1, S), bool)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
+    ({"mask": np.ones((3, 1, T, S), bool)}, ValueError, "broadcast to (B, N, T, S)"),
+    ({"mask": np.ones((1, 1, 1, T, S), bool)}, ValueError, "broadcast to (B, N, T, S)"),
+    ({"scale": "1"}, TypeError, "an array or None"),
+    ({"scale": True}, TypeError, "real numbers"),
+    ({"scale": 1j}, TypeError, "an array or None"),
+    ({"scale": f32(3)}, ValueError, "(2)"),
+    ({"scale": f32(2, 2)}, ValueError, "("),
+    ({"query_seq_lengths": f32(B)}, TypeError, "integers"),
+    ({"query_seq_lengths": np.ones(B, bool)}, TypeError, "integers"),
+    ({"query_seq_lengths": [1, 2]}, TypeError, "an array or None"),
+    ({"query_seq_lengths": i32(3)}, ValueError, "(B"),
+    ({"key_value_seq_lengths": 1.5}, TypeError, "integers"),
+    ({"key_value_seq_lengths": i32(3)}, ValueError, "(B"),
+    ({"query_offset": 1.0}, TypeError, "integers"),
+    ({"query_offset": True}, TypeError, "integers"),
+    ({"query_offset": "1"}, TypeError, "an array"),
+    ({"query_offset": i32(3)}, ValueError, "(B"),
+    ({"logits_soft_cap": 0}, ValueError, "> 0"),
+    ({"logits_soft_cap": jnp.float32(-2)}, ValueError, "> 0"),
+    ({"logits_soft_cap": np.nan}, ValueError, "> 0"),
+    ({"logits_soft_cap": np.inf}, ValueError, "finite"),
+    ({"logits_soft_cap": "30"}, TypeError, "an array or None"),
+    ({"logits_soft_cap": True}, TypeError, "real numbers"),
+    ({"sinks": i32(N)}, TypeError, "floats"),
+    ({"sinks": [1.0] * N}, TypeError, "an array or None"),
+    ({"sinks": 1.0}, ValueError, "(N"),
+    ({"sinks": f32(NK)}, ValueError, "(N"),
+    ({"sinks": f32(3, N)}, ValueError, "(B, N)"),
+    ({"alibi_slopes": i32(N)}, TypeError, "floats"),
+    ({"alibi_slopes": 1.0}, ValueError, "(N"),
+    ({"alibi_slopes": f32(NK)}, ValueError, "(N"),
+]
+BAD_STATICS = [
+    ({"is_causal": 1}, TypeError, "a bool"),
+    ({"is_causal": None}, TypeError, "a bool"),
+    ({"is_causal": np.array(True)}, TypeError, "a bool"),
+    ({"local_window_size": -1}, ValueError, ">= 0"),
+    ({"local_window_size": (0, -1)}, ValueError, ">= 0"),
+    ({"local_window_size": (1, 2, 3)}, ValueError, "an integer or (left, right)"),
+    ({"local_window_size": 1.0}, TypeError, "an integer or None"),
+    ({"local_window_size": (1, "2")}, TypeError, "an integer or None"),
+    ({"local_window_size": True}, TypeError, "an integer or None"),
+    ({"local_window_size": np.array([1, 2])}, TypeError, "an integer or None"),
+    ({"dropout_rng": RNG, "dropout_rate": -0.1}, ValueError, "in [0, 1)"),
+    ({"dropout_rng": RNG, "dropout_rate": 1.0}, ValueError, "in [0, 1)"),
+    ({"dropout_rng": RNG, "dropout_rate": np.nan}, ValueError, "in [0, 1)"),
+    ({"dropout_rng": RNG, "dropout_rate": "0.5"}, TypeError, "a number"),
+    ({"dropout_rng": RNG, "dropout_rate": None}, TypeError, "a number"),
+    ({"dropout_rng": RNG, "dropout_rate": True}, TypeError, "a number"),
+    ({"dropout_rate": 0.5, "dropout_rng": None}, ValueError, "given where dropout_rate is > 0"),
+    ({"dropout_rate": 0.5, "dropout_rng": 0}, TypeError, "one PRNG key"),
+    ({"dropout_rng": 0}, TypeError, "one PRNG key"),
+    ({"dropout_rate": 0.5, "dropout_rng": f32(2)}, TypeError, "one PRNG key"),
+    ({"dropout_rate": 0.5, "dropout_rng": jax.random.split(RNG)}, TypeError, "one PRNG key"),
+    ({"block_sizes": 4}, TypeError, "a pair of integers"),
+    ({"block_sizes": (4,)}, TypeError, "a pair of integers"),
+    ({"block_sizes": (4, 4, 4)}, TypeError, "a pair of integers"),
+    ({"block_sizes": np.array([4, 4])}, TypeError, "a pair of integers"),
+    ({"block_sizes": (0, 4)}, ValueError, "> 0; it is 0"),
+    ({"block_sizes": (4, -1)}, ValueError, "> 0; it is -1"),
+    ({"block_sizes": (4.0, 4)}, TypeError, "an integer; it is 4.0"),
+    ({"block_sizes": (4, True)}, TypeError, "an integer; it is True"),
+]
+
+
+def name_options(case):
+    return "-".join(case) if isinstance(case, dict) else None
+
+
+def what_it_is(x):
+    """One of these is at the end of the message."""
+    if hasattr(x, "shape"):
+        return rf"({re.escape(str(x.shape))}|{x.dtype}|{re.escape(repr(x))}|{re.escape(str(x))})"
+    return rf"({type(x).__name__}|{re.escape(repr(x))}|bool|int32|float32|\(\)|it is .*)"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "must_be"), BAD_ARRAYS + BAD_STATICS, ids=name_options
+)
+def test_an_error_of_attention_names_the_argument(options, error, must_be):
+    *_, (name, x) = options.items()
+    message = rf"{name}\S* must (be )?.*{re.escape(must_be)}(.|\n)*{what_it_is(x)}"
+    with pytest.raises(error, match=message):
+        attend(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "must_be"),
+    [
+        ({"query_seq_lengths": i32(B)}, ""),
+        ({"key_value_seq_lengths": i32(1)}, ""),
+        ({"query_offset": i32(1)}, ""),
+        ({"query_segment_ids": i32(1, T), "key_value_segment_ids": i32(S)}, "(T"),
+        ({"key_value_segment_ids": i32(1, S), "query_segment_ids": i32(T)}, "(S"),
+        ({"sinks": f32(1, N)}, "(N"),
+        ({"bias": f32(B, 1, T, S)}, "broadcast to (1, N, T, S) = (1, 6, 5, 7)"),
+        ({"mask": np.ones((B, 1, T, S), bool)}, "broadcast to (1, N, T, S) = (1, 6, 5, 7)"),
+        ({"mask": CausalMask(i32(B))}, ""),
+    ],
+    ids=name_options,
+)
+def test_a_call_without_batch_takes_no_batched_arrays(options, must_be):
+    name, x = next(iter(options.items()))
+    name, x = ("CausalMask.offset", x.offset) if isinstance(x, CausalMask) else (name, x)
+    message = f"{name} must .*{re.escape(must_be)}.*its shape is {re.escape(str(x.shape))}"
+    with pytest.raises(ValueError, match=message):
+        unbatched(**options)
+
+
+@pytest.mark.parametrize(
+    ("q_ids", "kv_ids", "error", "message"),
+    [
+        (i32(B, T), None, ValueError, "key_value_segment_ids must be given where query_segment_"),
+        (None, i32(B, S), ValueError, "query_segment_ids must be given where key_value_segment_"),
+        (i32(B, S), i32(B, S), ValueError, r"query_segment_ids must be \(B, T\) = \(2, 5\)"),
+        (i32(B, T), i32(3, S), ValueError, r"key_value_segment_ids must be \(B, S\) = \(2, 7\)"),
+        (i32(B, T, 1), i32(B, S), ValueError, r"query_segment_ids must be .* is \(2, 5, 1\)"),
+        (i32(B, T), 1, ValueError, r"key_value_segment_ids must be .* is \(\)"),
+        (f32(B, T), i32(B, S), TypeError, "query_segment_ids must be integers; .*float32"),
+        (i32(B, T), np.ones((B, S), bool), TypeError, "key_value_segment_ids must be integers"),
+    ],
+)
+def test_an_error_of_segment_ids_names_them(q_ids, kv_ids, error, message):
+    with pytest.raises(error, match=message):
+        attend(query_segment_ids=q_ids, key_value_segment_ids=kv_ids)
+
+
+@pytest.mark.parametrize("name", ["is_causal", "local_window_size", "dropout_rate", "block_sizes"])
+def test_an_option_that_is_compiled_in_cannot_be_traced(name):
+    with pytest.raises(TypeError, match=rf"{name}\S* must be .*Tracer"):
+        jax.jit(lambda x: attend(**{name: (x, x) if name == "block_sizes" else x}))(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: CausalMask(1.5), TypeError, "CausalMask.offset must be integers; .*float32"),
+        (lambda: CausalMask(i32(3)), ValueError, r"CausalMask.offset must be .*2.*; .*\(3,\)"),
+        (lambda: CausalMask(i32(B, 1)), ValueError, r"CausalMask.offset must be .*\(2, 1\)"),
+        (lambda: WindowMask(-1, 0), ValueError, "left must be >= 0; it is -1"),
+        (lambda: WindowMask(0, -2), ValueError, "right must be >= 0; it is -2"),
+        (lambda: WindowMask(1, 0.5), TypeError, "right must be an integer or None; it is 0.5"),
+        (lambda: WindowMask(jnp.int32(1), 0), TypeError, "left must be an integer or None"),
+        (lambda: WindowMask(1, 0, True), TypeError, "WindowMask.offset must be integers; .*bool"),
+        (lambda: SegmentMask(i32(S), i32(S)), ValueError, r"SegmentMask.q_ids must .*\(7,\)"),
+        (lambda: SegmentMask(i32(T), 1), ValueError, r"SegmentMask.kv_ids must .*\(\)"),
+        (lambda: SegmentMask(i32(3, T), i32(S)), ValueError, r"SegmentMask.q_ids must .*\(3, 5\)"),
+        (lambda: SegmentMask(f32(T), i32(S)), TypeError, "SegmentMask.q_ids must be integers"),
+        (lambda: LengthMask(1.5), TypeError, "LengthMask.q must be integers; .*float32"),
+        (lambda: LengthMask(kv=i32(3)), ValueError, r"LengthMask.kv must be .*\(3,\)"),
+        (lambda: PrefixMask(True), TypeError, "PrefixMask.n must be integers; .*bool"),
+        (
+            lambda: PrefixMask(1) | (CausalMask() & LengthMask(kv=2.0)),
+            TypeError,
+            "LengthMask.kv must be integers; .*float32",
+        ),
+        (
+            lambda: PredicateMask(lambda b, h, q_index, k_index: q_index - k_index),
+            TypeError,
+            "fn of PredicateMask must return bool; it returned int32",
+        ),
+        (lambda: CausalMask() & 1, TypeError, "CausalMask.*int"),
+        (lambda: CausalMask() | jnp.ones((T, S), bool), TypeError, "CausalMask.*Array"),
+        (lambda: np.ones((T, S), bool) & CausalMask(), TypeError, "CausalMask"),
+    ],
+)
+def test_an_error_of_a_mask_names_its_field(make, error, message):
+    with pytest.raises(error, match=message):
+        attend(mask=make())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: CausalMask().to_array(0, 3), ValueError, "T must be > 0; it is 0"),
+        (lambda: CausalMask().to_array(3, -1), ValueError, "S must be > 0; it is -1"),
+        (lambda: CausalMask().to_array(2.0, 3), TypeError, "T must be an integer; it is 2.0"),
+        (lambda: SegmentMask(i32(T), i32(S)).to_array(T, T), ValueError, r"kv_ids must .*\(7,\)"),
+        (lambda: block_schedule(CausalMask, 5, 5, (2, 2)), TypeError, "mask must be a Mask.*type"),
+        (
+            lambda: block_schedule(np.tri(5), 5, 5, (2, 2)),
+            TypeError,
+            "mask must be a Mask.*ndarray",
+        ),
+        (
+            lambda: block_schedule(None, 5, 5.0, (2, 2)),
+            TypeError,
+            "S must be an integer; it is 5.0",
+        ),
+        (
+            lambda: block_schedule(SegmentMask(i32(T), i32(S)), S, S, (2, 2)),
+            ValueError,
+            r"SegmentMask.q_ids must be .*7.*; .*\(5,\)",
+        ),
+    ],
+)
+def test_an_error_of_a_look_at_a_mask_names_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"implementation": "cudnn"}, NotImplementedError, "implementation must be .* is 'cudnn'"),
+        ({"implementation": "foo"}, ValueError, "implementation must be None or 'xla'; .*'foo'"),
+        ({"return_residual": 1}, TypeError, "return_residual must be a bool; it is 1"),
+        ({"query": QUERY[0, 0]}, ValueError, r"query must be .*\(6, 4\)"),
+        ({"key": KEY[..., :3]}, ValueError, r"key must be .*\(2, 7, 3, 3\)"),
+        ({"value": VALUE.astype(np.float16)}, ValueError, "value must have the dtype .*float16"),
+        ({"query": QUERY[:, :, :5]}, ValueError, "query heads must be a multiple of key heads"),
+        ({"bias": i32(T, S)}, TypeError, "bias must be floats; .*int32"),
+        ({"mask": i32(T, S)}, TypeError, "mask must be bool; .*int32"),
+        ({"is_causal": 1}, TypeError, "is_causal must be a bool.*1"),
+        ({"query_seq_lengths": i32(3)}, ValueError, r"query_seq_lengths must be .*\(3,\)"),
+        ({"key_value_seq_lengths": f32(B)}, TypeError, "key_value_seq_lengths must be integers"),
+        ({"local_window_size": -1}, ValueError, "local_window_size must be >= 0; it is -1"),
+    ],
+)
+def test_an_error_of_the_drop_in_names_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dot_product_attention(**({"query": QUERY, "key": KEY, "value": VALUE} | arguments))
+
+
+LSE = f32(B, N, T)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "lses", "error", "message"),
+    [
+        (QUERY, [LSE], TypeError, "outputs must be a list or tuple of arrays; it is ndarray"),
+        ([QUERY], LSE, TypeError, "lses must be a list or tuple of arrays; it is ndarray"),
+        ([], [], ValueError, "outputs and lses must be equally many, at least one; got 0, 0"),
+        ([QUERY] * 2, [LSE], ValueError, "outputs and lses must be equally many.*2, 1"),
+        ([None], [LSE], TypeError, r"outputs\[0\] must be an array; it is NoneType"),
+        ([QUERY], [1.0], TypeError, r"lses\[0\] must be an array; it is float"),
+        ([QUERY[0, 0]], [LSE], ValueError, r"outputs\[0\] must be \(B, T, N, H\) or .*\(6, 4\)"),
+        ([QUERY[None]], [LSE], ValueError, r"outputs\[0\] must be .*\(1, 2, 5, 6, 4\)"),
+        (
+            [QUERY, QUERY[:1]],
+            [LSE] * 2,
+            ValueError,
+            r"outputs\[1\] must be the shape of outputs\[0\] = \(2, 5, 6, 4\); .*\(1, 5, 6, 4\)",
+        ),
+        (
+            [QUERY],
+            [LSE.swapaxes(1, 2)],
+            ValueError,
+            r"lses\[0\] must be .*\(2, 6, 5\); .*\(2, 5, 6\)",
+        ),
+        ([QUERY[0]], [LSE], ValueError, r"lses\[0\] must be .*\(2, 6, 5\)"),
+        ([QUERY], [LSE.astype(int)], TypeError, r"lses\[0\] must be one of float32.*int32"),
+        (
+            [QUERY, QUERY.astype(np.float16)],
+            [LSE] * 2,
+            ValueError,
+            r"outputs\[1\] must have the dtype of outputs\[0\], float32; it is float16",
+        ),
+        (
+            [QUERY] * 2,
+            [LSE, LSE.astype(np.float16)],
+            ValueError,
+            r"lses\[1\] must have the dtype of lses\[0\], float32; it is float16",
+        ),
+    ],
+)
+def test_an_error_of_merging_names_the_part(outputs, lses, error, message):
+    with pytest.raises(error, match=message):
+        merge_attention(outputs, lses)
+
+
+def test_query_heads_must_be_a_multiple_of_key_heads():
+    with pytest.raises(ValueError, match="query heads must be a multiple of key heads; .*N=5, K=3"):
+        attend(query=QUERY[:, :, :5])
+
+
+def test_options_are_keywords_and_unknown_ones_are_refused():
+    with pytest.raises(TypeError, match="positional"):
+        flash_attention(QUERY, KEY, VALUE, None, None, 1.0)  # pyright: ignore
+    with pytest.raises(TypeError, match="implementation"):
+        attend(implementation="xla")
+
+
+# Found by these tests, and wrong when they were written: a crash inside of JAX, or no error.
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: CausalMask(None), "CausalMask.offset"),
+        (lambda: WindowMask(1, 1, None), "WindowMask.offset"),
+        (lambda: SegmentMask(None, i32(S)), "SegmentMask.q_ids"),
+        (lambda: PrefixMask(None), "PrefixMask.n"),
+        (lambda: PredicateMask(3), "fn"),
+    ],
+)
+def test_a_field_of_a_mask_that_is_missing_is_named(make, name):
+    with pytest.raises(TypeError, match=rf"{name}.* must be .*(None|3)"):
+        attend(mask=make())
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda b, h, q_index, k_index: jnp.ones((3, 3), bool),
+        lambda b, h, q_index, k_index: (q_index >= k_index)[None],
+    ],
+)
+def test_a_predicate_must_return_what_broadcasts_with_its_indices(fn):
+    with pytest.raises(ValueError, match="fn of PredicateMask must return"):
+        attend(mask=PredicateMask(fn))
+
+
+@pytest.mark.parametrize("argument", ["batch", "head"])
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), ("0", TypeError)])
+def test_a_look_at_a_mask_names_a_wrong_element(argument, value, error):
+    element = {argument: value}
+    with pytest.raises(error, match=f"{argument} must be .*{value}"):
+        CausalMask().to_array(3, 3, **element)
+    with pytest.raises(error, match=f"{argument} must be .*{value}"):
+        block_schedule(CausalMask(), 3, 3, (2, 2), **element)
+
+
+def test_a_look_at_a_mask_beyond_its_batch_is_refused():
+    with pytest.raises(ValueError, match=r"batch must be .*2.*it is 2"):
+        CausalMask(i32(2)).to_array(3, 3, batch=2)
+
+
+def test_query_offset_must_be_given():
+    with pytest.raises(TypeError, match="query_offset must be .*None"):
+        attend(query_offset=None)
+
+
+@pytest.mark.parametrize("offset", [2**31, -(2**40)])
+def test_an_offset_must_fit_int32(offset):
+    with pytest.raises(ValueError, match=rf"query_offset must .*{offset}"):
+        attend(query_offset=offset, is_causal=True)
+
+
+def test_a_raw_key_of_another_size_is_refused():
+    with pytest.raises(TypeError, match="dropout_rng must be one PRNG key"):
+        attend(dropout_rate=0.5, dropout_rng=np.ones(3, np.uint32))
+
+
+def test_heads_need_a_size():
+    with pytest.raises(ValueError, match=r"query must .*\(2, 5, 6, 0\)"):
+        attend(query=QUERY[..., :0], key=KEY[..., :0])
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_an_argument_of_the_drop_in_that_is_missing_is_named(name):
+    with pytest.raises(TypeError, match=f"{name} must be an array; it is NoneType"):
+        dot_product_attention(**({"query": QUERY, "key": KEY, "value": VALUE} | {name: None}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_seq_lengths": i32(B, 1)}, r"must be .*\(B,\).*is \(2, 1\)"),
+        ({"query_offset": i32(B, 1)}, r"must be .*scalar.*\(B,\).*is \(2, 1\)"),
+    ],
+)
+def test_a_message_says_what_may_have_a_batch(options, message):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        attend(**options)

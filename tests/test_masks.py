@@ -1,36 +1,191 @@
+"""Masks, and the schedule of tiles that follows from them, against their definitions in NumPy."""
+
+import operator
+from typing import NamedTuple
+
+import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
+from oracle import max_error, numpy_attention, random_qkv
 
-from flash_jax import BlockSchedule, BlockSizes, CausalMask, block_schedule
+from flash_jax import (
+    BlockSchedule,
+    BlockSizes,
+    CausalMask,
+    LengthMask,
+    Mask,
+    PredicateMask,
+    PrefixMask,
+    SegmentMask,
+    WindowMask,
+    block_schedule,
+    flash_attention,
+)
+from flash_jax._masks import ArrayMask
+
+B, N = 2, 3
+SIZES = [(1, 1), (4, 9), (9, 4), (11, 7)]
+BLOCKS = [(1, 1), (2, 3), (4, 4), (100, 100)]
 
 
-def kept(mask, T, S):
-    """The mask as an array, from its definition."""
-    t, s = np.arange(T)[:, None], np.arange(S)[None]
-    assert isinstance(mask, CausalMask)
-    return s <= t + mask.offset
+class Case(NamedTuple):
+    """A mask, and what it keeps: bool, broadcastable to (B, N, T, S)."""
+
+    mask: Mask
+    kept: np.ndarray
+    tight: bool  # the schedule knows every empty and every full tile
 
 
-@pytest.mark.parametrize("offset", [-7, -1, 0, 1, 3, 20])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (5, 5), (4, 9), (9, 4), (11, 7)])
-@pytest.mark.parametrize("blocks", [(1, 1), (2, 3), (3, 2), (4, 4), (100, 100)])
-def test_a_tile_is_full_or_skipped_exactly_where_all_or_no_pairs_are_kept(offset, T, S, blocks):
-    mask = CausalMask(offset)
-    schedule = block_schedule(mask, T, S, blocks)
-    array = kept(mask, T, S)
-    q, kv = schedule.block_sizes
-    assert (q, kv) == (min(T, blocks[0]), min(S, blocks[1]))
-    assert schedule.tiles.shape == (-(-T // q), -(-S // kv))
-    for (i, j), tile in np.ndenumerate(schedule.tiles):
-        start = min(i * q, T - q)  # the last tile of queries starts where it still fits
-        pairs = array[start : start + q, j * kv : (j + 1) * kv]
-        complete = (j + 1) * kv <= S
-        if not pairs.any():
-            assert tile == BlockSchedule.SKIPPED
-        else:
-            assert tile == (
-                BlockSchedule.FULL if pairs.all() and complete else BlockSchedule.PARTIAL
-            )
+def positions(T, S):
+    return np.arange(T)[:, None], np.arange(S)[None]
+
+
+def causal(T, S, offset):
+    t, s = positions(T, S)
+    return Case(CausalMask(offset), s <= t + per_element(offset), True)
+
+
+def window(T, S, left, right, offset=0):
+    t, s = positions(T, S)
+    t = t + per_element(offset)
+    inside = np.ones_like(s <= t)
+    if left is not None:
+        inside &= s >= t - left
+    if right is not None:
+        inside &= s <= t + right
+    return Case(WindowMask(left, right, offset), inside, True)
+
+
+def segments(T, S, make):
+    q_ids, kv_ids = make(T), make(S)
+    kept = q_ids[..., :, None] == kv_ids[..., None, :]
+    return Case(SegmentMask(q_ids, kv_ids), kept[:, None] if kept.ndim == 3 else kept, False)
+
+
+def lengths(T, S, q, kv):
+    t, s = positions(T, S)
+    kept = np.ones_like(t < s)
+    kept = kept if q is None else kept & (t < per_element(q))
+    kept = kept if kv is None else kept & (s < per_element(kv))
+    return Case(LengthMask(q, kv), kept, True)
+
+
+def prefix(T, S, n):
+    t, s = positions(T, S)
+    return Case(PrefixMask(n), (s < per_element(n)) & (t >= 0), True)
+
+
+def checkered(b, h, q_index, k_index):
+    return (2 * b + h + q_index + 3 * k_index) % 4 != 1
+
+
+def predicate(T, S):
+    b, h, t, s = np.ogrid[:B, :N, :T, :S]
+    return Case(PredicateMask(checkered), checkered(b, h, t, s), False)
+
+
+def array(T, S, shape):
+    full = (B, N, T, S)
+    shape = tuple(n if axis in shape else 1 for axis, n in zip("BNTS", full, strict=True))
+    kept = np.random.default_rng(sum(full)).random(shape) < 0.7
+    return Case(ArrayMask(kept), kept, True)
+
+
+def combined(op, a, b):
+    return Case(op(a.mask, b.mask), op(a.kept, b.kept), False)
+
+
+def per_element(x):
+    """A scalar as it is, (B,) as (B, 1, 1, 1)."""
+    return np.reshape(x, (-1, 1, 1, 1)) if np.ndim(x) else x
+
+
+def sorted_ids(length):
+    return np.arange(length) // 3
+
+
+def shuffled_ids(length):
+    return np.random.default_rng(length).integers(-1, 2, (B, length))
+
+
+CASES = {
+    "causal": lambda T, S: causal(T, S, 0),
+    "causal, none": lambda T, S: causal(T, S, -T),
+    "causal, bottom right": lambda T, S: causal(T, S, S - T),
+    "causal, (B,)": lambda T, S: causal(T, S, np.array([-2, 3])),
+    "window": lambda T, S: window(T, S, 2, 1),
+    "window, left": lambda T, S: window(T, S, 0, None, 2),
+    "window, right": lambda T, S: window(T, S, None, 0, -3),
+    "window, open": lambda T, S: window(T, S, None, None),
+    "window, (B,)": lambda T, S: window(T, S, 3, 1, np.array([-1, 4])),
+    "segments, sorted": lambda T, S: segments(T, S, sorted_ids),
+    "segments, shuffled (B, T)": lambda T, S: segments(T, S, shuffled_ids),
+    "lengths, q": lambda T, S: lengths(T, S, T - 1, None),
+    "lengths, kv": lambda T, S: lengths(T, S, None, S // 2),
+    "lengths, (B,)": lambda T, S: lengths(T, S, np.array([T, 3]), np.array([S - 1, 2])),
+    "lengths, none": lambda T, S: lengths(T, S, None, None),
+    "prefix": lambda T, S: prefix(T, S, 5),
+    "prefix, (B,)": lambda T, S: prefix(T, S, np.array([0, 3])),
+    "predicate": predicate,
+    "array (S,)": lambda T, S: array(T, S, "S"),
+    "array (T, 1)": lambda T, S: array(T, S, "T"),
+    "array (B, N, T, S)": lambda T, S: array(T, S, "BNTS"),
+    "prefix | causal": lambda T, S: combined(operator.or_, prefix(T, S, 3), causal(T, S, 0)),
+    "window & segments": lambda T, S: combined(
+        operator.and_, window(T, S, 4, 1), segments(T, S, shuffled_ids)
+    ),
+    "(causal | array) & lengths & predicate": lambda T, S: combined(
+        operator.and_,
+        combined(
+            operator.and_,
+            combined(operator.or_, causal(T, S, np.array([0, 2])), array(T, S, "TS")),
+            lengths(T, S, None, S - 1),
+        ),
+        predicate(T, S),
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@every_case
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_to_array_is_the_definition(case, T, S):
+    mask, kept, _ = case(T, S)
+    kept = np.broadcast_to(kept, (B, N, T, S))
+    for b, n in np.ndindex(B, N):
+        np.testing.assert_array_equal(mask.to_array(T, S, batch=b, head=n), kept[b, n])
+
+
+@every_case
+@pytest.mark.parametrize(("T", "S"), SIZES)
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_a_skipped_tile_keeps_no_pair_and_a_full_one_keeps_all(case, T, S, blocks):
+    mask, kept, tight = case(T, S)
+    kept = np.broadcast_to(kept, (B, N, T, S))
+    for b, n in [(0, 0), (B - 1, N - 1)]:
+        schedule = block_schedule(mask, T, S, blocks, batch=b, head=n)
+        q, kv = schedule.block_sizes
+        assert (q, kv) == (min(T, blocks[0]), min(S, blocks[1]))
+        assert schedule.tiles.shape == (-(-T // q), -(-S // kv))
+        for (i, j), tile in np.ndenumerate(schedule.tiles):
+            start = min(i * q, T - q)  # the last tile of queries starts where it still fits
+            pairs = kept[b, n, start : start + q, j * kv : (j + 1) * kv]
+            complete = (j + 1) * kv <= S
+            full = pairs.all() and complete
+            if tight:
+                some = BlockSchedule.FULL if full else BlockSchedule.PARTIAL
+                assert tile == (some if pairs.any() else BlockSchedule.SKIPPED)
+            assert tile != BlockSchedule.FULL or full
+            assert tile != BlockSchedule.SKIPPED or not pairs.any()
+
+
+def test_sorted_segments_skip_the_tiles_of_other_segments():
+    ids = np.arange(12) // 4
+    expected = BlockSchedule.FULL * np.eye(3)
+    np.testing.assert_array_equal(
+        block_schedule(SegmentMask(ids, ids), 12, 12, (4, 4)).tiles, expected
+    )
 
 
 def test_no_mask_is_full_but_for_a_ragged_end():
@@ -46,3 +201,64 @@ def test_the_schedule_prints_as_a_table():
         "# / .",
         "# # /",
     ]
+
+
+@every_case
+@pytest.mark.parametrize(("T", "S", "blocks"), [(11, 7, (4, 3))])
+def test_attention_with_a_mask_is_attention_with_its_array(case, T, S, blocks, rng):
+    """The mask is an argument of a jitted function, so that its arrays are traced."""
+    mask, kept, _ = case(T, S)
+    heads_first = random_qkv(rng, lead=(B,), N=N, K=1, T=T, S=S, H=5)
+    exact, _ = numpy_attention(*heads_first, keep=np.broadcast_to(kept, (B, N, T, S)))
+    qkv = [np.swapaxes(x, 1, 2) for x in heads_first]
+    by_mask = jax.jit(lambda mask: flash_attention(*qkv, mask=mask, block_sizes=blocks))(mask)
+    by_array = flash_attention(*qkv, mask=kept, block_sizes=blocks)
+    assert max_error(np.swapaxes(by_mask, 1, 2), exact) < 1e-6
+    assert max_error(by_array, np.asarray(by_mask, np.float64)) < 1e-6
+
+
+def test_attention_computes_no_skipped_tile(rng):
+    visited = []
+
+    def counted(b, h, q_index, k_index):
+        jax.debug.callback(lambda t, s: visited.append((int(t), int(s))), *first(q_index, k_index))
+        return q_index >= k_index - 100  # always, but no tile is known to be full
+
+    def first(t, s):
+        return t.ravel()[0], s.ravel()[0]
+
+    T, S, blocks = 20, 24, (4, 8)
+    mask = WindowMask(5, 0) & PredicateMask(counted)
+    q, k, v = (np.swapaxes(x, 0, 1) for x in random_qkv(rng, N=1, T=T, S=S, H=3))
+    jax.block_until_ready(flash_attention(q, k, v, mask=mask, block_sizes=blocks))
+    jax.effects_barrier()
+    tiles = block_schedule(WindowMask(5, 0), T, S, blocks).tiles
+    touched = np.argwhere(tiles != BlockSchedule.SKIPPED) * blocks
+    assert (tiles == BlockSchedule.SKIPPED).sum() > 5
+    assert sorted(visited) == sorted(map(tuple, touched.tolist()))
+
+
+def test_other_values_in_a_mask_do_not_trace_again(rng):
+    q, k, v = (np.swapaxes(x, 0, 1) for x in random_qkv(rng, N=2, T=6, S=9, H=3))
+    ids = np.zeros(6, np.int32), np.zeros(9, np.int32)
+    masks = [(CausalMask(n) | PrefixMask(n)) & SegmentMask(*ids) for n in range(3)]
+    flash_attention(q, k, v, mask=masks[0])
+    with jax.no_tracing():
+        results = [flash_attention(q, k, v, mask=mask) for mask in masks]
+    assert max_error(results[0], np.asarray(results[2], np.float64)) > 1e-3
+
+
+def test_calls_are_cached_by_the_function_of_a_predicate(rng):
+    q, k, v = (np.swapaxes(x, 0, 1) for x in random_qkv(rng, N=2, T=6, S=9, H=3))
+    flash_attention(q, k, v, mask=PredicateMask(checkered))
+    with jax.no_tracing():
+        flash_attention(q, k, v, mask=PredicateMask(checkered))
+
+
+def test_a_mask_can_be_built_inside_of_a_jitted_function(rng):
+    q, k, v = (np.swapaxes(x, 0, 1) for x in random_qkv(rng, N=2, T=6, S=9, H=3))
+
+    def masked(q, k, v, n):
+        return flash_attention(q, k, v, mask=PrefixMask(n) | CausalMask(n - 2))
+
+    np.testing.assert_array_equal(jax.jit(masked)(q, k, v, 4), masked(q, k, v, jnp.int32(4)))

@@ -1,0 +1,183 @@
+"""What a pass over the tiles is given: arrays that may be traced, and what is compiled in.
+
+The passes (``_forward``, ``_tangent``, ``_backward``) walk the tiles alike: ``over_query_tiles`` visits
+every tile of queries of every group of heads, ``over_key_tiles`` the key tiles that one may read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+
+from ._block_sizes import heads_per_step
+from ._dropout import drop
+from ._machine import machine
+from ._query_tile import Axis, QueryTile
+from ._schedule import visits
+from ._scores import Scores
+from ._shapes import BlockSizes
+from ._tiles import Layout, take_tile
+
+C = TypeVar("C")
+
+
+class Operands(NamedTuple):
+    """What may be traced. An array's first axis is the batch, of size B or 1."""
+
+    q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says
+    k: Array  # (B, K, S, H) or (B, S, K, H)
+    v: Array  # as k; its head size may differ
+    scores: Scores
+    sinks: Array | None = None  # (B, N): one more logit in the denominator
+    dropout_key: Array | None = None  # (B, 2) uint32
+
+
+class Differentiable(NamedTuple):
+    """The operands that have derivatives; None where there is none, or none is asked for."""
+
+    q: Array | None
+    k: Array | None
+    v: Array | None
+    scale: Array | None
+    soft_cap: Array | None
+    alibi_slopes: Array | None
+    bias: Array | None
+    sinks: Array | None
+
+    @classmethod
+    def of(cls, operands: Operands) -> Differentiable:
+        q, k, v, scores, sinks, _ = operands
+        return cls(q, k, v, scores.scale, scores.soft_cap, scores.alibi_slopes, scores.bias, sinks)
+
+    def into(self, operands: Operands) -> Operands:
+        """operands with those that are not None here replaced."""
+        given = {name: x for name, x in self._asdict().items() if x is not None}
+        own = {name: x for name, x in given.items() if name in Operands._fields}
+        of_scores = {name: x for name, x in given.items() if name in Scores._fields}
+        return operands._replace(scores=operands.scores._replace(**of_scores), **own)
+
+
+class Static(NamedTuple):
+    """What is known before any value is, and compiled in."""
+
+    blocks: BlockSizes
+    layout: Layout
+    batch: int  # B of one call: more rows than that are vmapped calls
+    dropout_rate: float = 0.0
+
+
+class Sizes(NamedTuple):
+    """Sizes of a pass; rows counts the batch elements of all vmapped calls."""
+
+    rows: int
+    N: int
+    T: int
+    K: int
+    S: int
+    H: int
+    Hv: int
+    acc: np.dtype  # of scores and sums
+
+    @classmethod
+    def of(cls, operands: Operands, static: Static) -> Sizes:
+        q, k, v, *_ = operands
+        rows = max(x.shape[0] for x in jax.tree.leaves(operands))
+        (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), static.layout.sizes(k)
+        acc = jnp.promote_types(q.dtype, jnp.float32)
+        return cls(rows, N, T, K, S, H, v.shape[-1], acc)
+
+    @property
+    def empty(self) -> bool:
+        return 0 in self[:-1]
+
+
+def over_query_tiles(
+    operands: Operands, static: Static, step: Callable[[QueryTile, C], C], carry: C, copies: int
+) -> C:
+    """Folds ``step`` over every tile of queries.
+
+    Args:
+        copies: how many arrays of a tile's scores live at once in a step, masking aside.
+    """
+    sizes = Sizes.of(operands, static)
+    q, kv = Axis.of(sizes.T, static.blocks.q), Axis.of(sizes.S, static.blocks.kv)
+    groups = sizes.N // sizes.K
+    copies += not operands.scores.always_full(kv)
+    heads = heads_per_step(machine(), sizes.K, groups * q.block, kv.block, copies)
+
+    def at(count: Array, carry: C) -> C:
+        row, count = jnp.divmod(count, np.int32(sizes.K // heads * q.count))
+        group, i = jnp.divmod(count, np.int32(q.count))
+        batch = (sizes.rows, static.batch)
+        return step(QueryTile(q, kv, row, batch, group * heads, heads, groups, i), carry)
+
+    steps = sizes.rows * (sizes.K // heads) * q.count
+    return lax.fori_loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
+
+
+def over_key_tiles(
+    operands: Operands,
+    tile: QueryTile,
+    full: Callable[[Array, C], C],
+    partial: Callable[[Array, C], C],
+    carry: C,
+) -> C:
+    """Folds ``full`` over the key tiles that need no mask, then ``partial`` over those that do."""
+    scores = operands.scores
+    carry = varying_as(operands, carry)
+    if scores.always_full(tile.kv):
+        return lax.fori_loop(np.int32(0), np.int32(tile.kv.count), full, carry)
+    order, count, end = visits(scores.schedule_row(tile))
+    if not scores.always_partial:
+        at_full = lambda x, carry: full(order[x], carry)  # noqa: E731
+        carry = lax.fori_loop(np.int32(0), count, at_full, carry)
+    return lax.fori_loop(count, end, lambda x, carry: partial(order[x], carry), carry)
+
+
+def q_tile(static: Static, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
+    """(heads, groups * block_q, H) of x, laid out as queries."""
+    heads, start = tile.heads * tile.groups, tile.q.start(tile.i)
+    row, first = tile.row_of(x), tile.head * tile.groups
+    taken = take_tile(static.layout, x, row, first, heads, start, tile.q.block)
+    return taken.reshape(tile.heads, tile.rows, x.shape[-1]).astype(dtype)
+
+
+def kv_tile(static: Static, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
+    """(heads, block_kv, H) of key tile j of x, laid out as keys."""
+    start, row = tile.kv.start(j), tile.row_of(x)
+    taken = take_tile(static.layout, x, row, tile.head, tile.heads, start, tile.kv.block)
+    return taken.astype(dtype)
+
+
+def kept_weights(operands: Operands, static: Static, tile: QueryTile, j: Array) -> Array | None:
+    """Dropout's factors (heads, rows, block_kv) on the probabilities of key tile j, if any."""
+    if operands.dropout_key is None:
+        return None
+    dtype = jnp.promote_types(operands.q.dtype, jnp.float32)
+    return drop(operands.dropout_key, static.dropout_rate, tile, j, dtype)
+
+
+def finite(x: Array) -> Array:
+    """x with 0 for NaN and infinities: what is masked must be finite to vanish, as 0 * NaN is NaN."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def varying_as(operands: Operands, tree: C) -> C:
+    """tree, varying over the mesh axes of a ``shard_map`` that any operand varies over."""
+    axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(operands)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(axes - _axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree) if axes else tree
+
+
+def _axes(x: Array) -> frozenset[str]:
+    """Mesh axes that x varies over in a ``shard_map``."""
+    return jax.typeof(x).manual_axis_type.varying

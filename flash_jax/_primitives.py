@@ -1,0 +1,201 @@
+"""Attention as JAX primitives, so that every transformation has its rule.
+
+    attention   (operands) -> (out, lse, m, l)               jvp: attention, then tangent
+    tangent     (operands, results, tangents) -> (dout, dlse)  linear in the tangents
+    gradient    (operands, results, d_out, d_lse) -> gradients   its transpose
+
+Reverse mode is the transpose of forward mode, so one rule gives ``jvp`` and ``grad``, both in linear
+memory. ``custom_vjp`` would rule out forward mode; ``custom_jvp`` alone would have JAX transpose the
+scan itself, storing what every step computed. ``tangent`` and ``gradient`` are loops of ordinary
+operations, which forward mode goes through: Hessian-vector products (forward over reverse) come from
+there. A second reverse pass over them does not: their loops have no static length.
+
+A ``vmap`` folds its axis into the batch: the loops keep their trip counts, tiles stay what they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax import numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ._backward import backward, gradient_shapes
+from ._forward import Results, forward, forward_shapes
+from ._operands import Differentiable, Operands, Static, varying_as
+from ._tangent import tangent
+
+
+def attention(operands: Operands, static: Static) -> tuple[Array, Array]:
+    """Output, laid out as q and of its dtype, and natural-log lse (B, N, T)."""
+    leaves, tree = jax.tree.flatten(_split(varying_as(operands, operands)))
+    out, lse, *_ = attention_p.bind(*leaves, tree=tree, static=static)
+    return out, lse
+
+
+def _split(operands: Operands) -> tuple[Differentiable, Operands]:
+    """What has derivatives, first, and the rest."""
+    scores = operands.scores._replace(scale=None, soft_cap=None, alibi_slopes=None, bias=None)
+    rest = operands._replace(q=None, k=None, v=None, scores=scores, sinks=None)
+    return Differentiable.of(operands), rest
+
+
+def _join(tree: Any, leaves: Sequence[Any]) -> tuple[Operands, list[Any]]:
+    """The operands among the first leaves, and the leaves behind them."""
+    n = tree.num_leaves
+    differentiable, rest = jax.tree.unflatten(tree, leaves[:n])
+    return differentiable.into(rest), list(leaves[n:])
+
+
+def _names(tree: Any) -> list[str]:
+    """Names of the differentiable operands, in the order of their leaves."""
+    differentiable, _ = jax.tree.unflatten(tree, [0] * tree.num_leaves)
+    return [name for name, x in differentiable._asdict().items() if x is not None]
+
+
+def _attention(*leaves: Array, tree: Any, static: Static) -> list[Array]:
+    return list(forward(_join(tree, leaves)[0], static))
+
+
+def _attention_shapes(*leaves: Any, tree: Any, static: Static) -> list[Any]:
+    return list(forward_shapes(_join(tree, leaves)[0], static))
+
+
+def _tangent(*leaves: Array, tree: Any, static: Static, wrt: tuple[str, ...]) -> list[Array]:
+    operands, others = _join(tree, leaves)
+    tangents = dict.fromkeys(Differentiable._fields) | dict(zip(wrt, others[4:], strict=True))
+    return list(tangent(operands, Results(*others[:4]), Differentiable(**tangents), static))
+
+
+def _tangent_shapes(*leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...]) -> list[Any]:
+    return _attention_shapes(*leaves, tree=tree, static=static)[:2]
+
+
+def _gradient(
+    *leaves: Array, tree: Any, static: Static, wrt: tuple[str, ...], rows: tuple[int, ...]
+) -> list[Array]:
+    operands, (*results, d_out, d_lse) = _join(tree, leaves)
+    sizes = dict(zip(wrt, rows, strict=True))
+    gradients = backward(operands, Results(*results), d_out, d_lse, static, sizes)
+    return [gradients[name] for name in wrt]
+
+
+def _gradient_shapes(
+    *leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...], rows: tuple[int, ...]
+) -> list[Any]:
+    sizes = dict(zip(wrt, rows, strict=True))
+    return list(gradient_shapes(_join(tree, leaves)[0], sizes).values())
+
+
+def _primitive(
+    name: str, function: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
+) -> Primitive:
+    """A primitive that runs ``function``, with rules to compile and to batch it."""
+    primitive = Primitive(f"flash_{name}")
+    primitive.multiple_results = True
+
+    @primitive.def_impl
+    def _(*leaves: Array, **static: Any) -> list[Array]:
+        return _compiled(primitive, tuple(sorted(static.items())))(*leaves)
+
+    @primitive.def_abstract_eval
+    def _(*leaves: Any, **static: Any) -> list[Any]:
+        update = leaves[0].update  # of the same mesh axes: all leaves vary over the same
+        return [
+            update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in shapes(*leaves, **static)
+        ]
+
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    batching.primitive_batchers[primitive] = functools.partial(_fold, primitive)
+    return primitive
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(primitive: Primitive, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(lambda *leaves: primitive.bind(*leaves, **dict(static)))
+
+
+def _fold(
+    primitive: Primitive, leaves: Sequence[Array], axes: Sequence[Any], **static: Any
+) -> tuple[list[Array], list[int]]:
+    """Batching: the new axis joins the batch, the first axis of every leaf."""
+    size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
+
+    def folded(x: Array, axis: int | None) -> Array:
+        if axis is None and x.shape[0] == 1:
+            return x  # still serves every row
+        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        return x.reshape(size * x.shape[1], *x.shape[2:])
+
+    if "rows" in static:  # every call has its own gradients, of shared operands, too
+        static["rows"] = tuple(size * rows for rows in static["rows"])
+    results = primitive.bind(*map(folded, leaves, axes), **static)
+    results = [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+    return results, [0] * len(results)
+
+
+attention_p = _primitive("attention", _attention, _attention_shapes)
+tangent_p = _primitive("tangent", _tangent, _tangent_shapes)
+gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
+
+
+def _attention_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, static: Static
+) -> tuple[list[Array], list[Any]]:
+    results = attention_p.bind(*primals, tree=tree, static=static)
+    out, lse, m, l = results
+    names = _names(tree)
+    given = {
+        name: x for name, x in zip(names, tangents, strict=False) if not isinstance(x, ad.Zero)
+    }
+    if not given:
+        return results, [jnp.zeros_like(x) for x in results]
+    moving = tangent_p.bind(
+        *primals, *results, *given.values(), tree=tree, static=static, wrt=tuple(given)
+    )
+    # lse = m + log l, with m held still.
+    return results, [*moving, jnp.zeros_like(m), l * moving[1]]
+
+
+def _jvp_of_loops(
+    function: Callable[..., list[Array]],
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    **static: Any,
+) -> tuple[list[Array], list[Array]]:
+    """Forward mode through the operations of ``function``."""
+    moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
+
+    def of_moving(*xs: Array) -> list[Array]:
+        leaves = list(primals)
+        for i, x in zip(moving, xs, strict=True):
+            leaves[i] = x
+        return function(*leaves, **static)
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _tangent_transpose(
+    cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...]
+) -> list[Any]:
+    known, linear = leaves[: -len(wrt)], leaves[-len(wrt) :]
+    gradients = gradient_p.bind(
+        *known,
+        *(ad.instantiate_zeros(x) for x in cotangents),
+        tree=tree,
+        static=static,
+        wrt=wrt,
+        rows=tuple(x.aval.shape[0] for x in linear),
+    )
+    return [None] * len(known) + gradients
+
+
+ad.primitive_jvps[attention_p] = _attention_jvp
+ad.primitive_jvps[tangent_p] = functools.partial(_jvp_of_loops, _tangent)
+ad.primitive_jvps[gradient_p] = functools.partial(_jvp_of_loops, _gradient)
+ad.primitive_transposes[tangent_p] = _tangent_transpose
