@@ -28,7 +28,7 @@ from ._tiles import put_tile
 
 
 class Results(NamedTuple):
-    """Of the forward pass; m and l are kept for the derivatives, which recompute p = exp(s - m) / l."""
+    """Of the forward pass. From m and l the derivatives recompute p = exp(s - m) / l."""
 
     out: Array  # laid out as q, of its dtype
     lse: Array  # (B, N, T) natural log

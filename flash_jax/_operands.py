@@ -1,7 +1,7 @@
 """What a pass over the tiles is given: arrays that may be traced, and what is compiled in.
 
-The passes (``_forward``, ``_tangent``, ``_backward``) walk the tiles alike: ``over_query_tiles`` visits
-every tile of queries of every group of heads, ``over_key_tiles`` the key tiles that one may read.
+The passes (``_forward``, ``_tangent``, ``_backward``) walk the tiles alike: ``over_query_tiles``
+visits every tile of queries of every group of heads, ``over_key_tiles`` the key tiles it may read.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def kept_weights(operands: Operands, static: Static, tile: QueryTile, j: Array) 
 
 
 def finite(x: Array) -> Array:
-    """x with 0 for NaN and infinities: what is masked must be finite to vanish, as 0 * NaN is NaN."""
+    """x with 0 for NaN and infinities. Masked, it must be finite to vanish: 0 * NaN is NaN."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 

@@ -1,16 +1,16 @@
 """Attention as JAX primitives, so that every transformation has its rule.
 
-    attention   (operands) -> (out, lse, m, l)               jvp: attention, then tangent
-    tangent     (operands, results, tangents) -> (dout, dlse)  linear in the tangents
-    gradient    (operands, results, d_out, d_lse) -> gradients   its transpose
+    attention   (operands) -> (out, lse, m, l)                   jvp: attention and tangent
+    tangent     (operands, results, tangents) -> (dout, dlse)    linear in the tangents
+    gradient    (operands, results, dout, dlse) -> gradients     its transpose
 
-Reverse mode is the transpose of forward mode, so one rule gives ``jvp`` and ``grad``, both in linear
-memory. ``custom_vjp`` would rule out forward mode; ``custom_jvp`` alone would have JAX transpose the
-scan itself, storing what every step computed. ``tangent`` and ``gradient`` are loops of ordinary
-operations, which forward mode goes through: Hessian-vector products (forward over reverse) come from
-there. A second reverse pass over them does not: their loops have no static length.
+Reverse mode is the transpose of forward mode, so one rule gives ``jvp`` and ``grad``, both in
+linear memory. ``custom_vjp`` would rule out forward mode, and ``custom_jvp`` alone would have JAX
+transpose the scan itself, storing what every step computed. ``tangent`` and ``gradient`` are loops
+of ordinary operations, which forward mode goes through: that gives Hessian-vector products (forward
+over reverse). A second reverse pass is not offered, since the loops have no static length.
 
-A ``vmap`` folds its axis into the batch: the loops keep their trip counts, tiles stay what they are.
+A ``vmap`` folds its axis into the batch: the loops keep their trip counts, and tiles do not grow.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _attention_jvp(
     primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, static: Static
 ) -> tuple[list[Array], list[Any]]:
     results = attention_p.bind(*primals, tree=tree, static=static)
-    out, lse, m, l = results
+    _, _, m, l = results
     names = _names(tree)
     given = {
         name: x for name, x in zip(names, tangents, strict=False) if not isinstance(x, ad.Zero)

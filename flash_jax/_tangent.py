@@ -132,11 +132,9 @@ def _where(tangents: Differentiable, operands: Operands) -> Differentiable:
 
 def _of_one_shape(operands: Operands, tangents: Differentiable) -> tuple[Operands, Differentiable]:
     """Under vmap one of an operand and its tangent may serve several rows that the other has."""
-    shapes = [
-        None if t is None else jnp.broadcast_shapes(x.shape, t.shape)
+    spread = [
+        (x, t) if x is None or t is None else jnp.broadcast_arrays(x, t)
         for x, t in zip(Differentiable.of(operands), tangents, strict=True)
     ]
-    spread = lambda xs: Differentiable(  # noqa: E731
-        *(None if s is None else jnp.broadcast_to(x, s) for x, s in zip(xs, shapes, strict=True))
-    )
-    return spread(Differentiable.of(operands)).into(operands), spread(tangents)
+    xs, ts = (Differentiable(*column) for column in zip(*spread, strict=True))
+    return xs.into(operands), ts

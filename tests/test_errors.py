@@ -174,98 +174,172 @@ def unbatched(**options):
     return flash_attention(QUERY[0], KEY[0], VALUE[0], **options)
 
 
-# The arguments of a call, the error, and what it must be: the message also names the (last)
-# argument and says what it is, its shape, dtype, kind or value.
+# The arguments of a call, the error, what the last of them must be, and what it is.
 BAD_ARRAYS = [
-    ({"query": QUERY[0, 0]}, ValueError, "(B, T, N, H) or (T, N, H)"),
-    ({"query": QUERY[None]}, ValueError, "(B, T, N, H) or (T, N, H)"),
-    ({"query": QUERY.tolist()}, TypeError, "an array"),
-    ({"query": None}, TypeError, "an array"),
-    ({"query": QUERY.astype(np.int32)}, TypeError, "one of float32"),
-    ({"query": QUERY.astype(np.complex64)}, TypeError, "one of float32"),
-    ({"query": QUERY.astype(jnp.float8_e4m3fn)}, TypeError, "one of float32"),
-    ({"key": KEY[0]}, ValueError, "(B of query, S, K, H of query)"),
-    ({"key": KEY[:1]}, ValueError, "(2, any, any, 4)"),
-    ({"key": KEY[..., :3]}, ValueError, "(2, any, any, 4)"),
-    ({"key": KEY.astype(np.float16)}, ValueError, "the dtype of query, float32"),
-    ({"value": VALUE[:, :3]}, ValueError, "(B of query, S of key, K of key, Hv) = (2, 7, 3, any)"),
-    ({"value": VALUE[:, :, :1]}, ValueError, "(2, 7, 3, any)"),
-    ({"value": VALUE[0]}, ValueError, "(B of query, S of key, K of key, Hv)"),
-    ({"value": VALUE.astype(bool)}, TypeError, "one of float32"),
-    ({"bias": f32(T, S).astype(int)}, TypeError, "floats"),
-    ({"bias": np.ones((T, S), bool)}, TypeError, "floats"),
-    ({"bias": [[1.0]]}, TypeError, "an array or None"),
-    ({"bias": f32(T, S + 1)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
-    ({"bias": f32(1, NK, T, S)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
-    ({"bias": f32(1, 1, 1, T, S)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
-    ({"mask": i32(T, S)}, TypeError, "bool"),
-    ({"mask": f32(T, S)}, TypeError, "bool"),
-    ({"mask": 1}, TypeError, "bool"),
-    ({"mask": "causal"}, TypeError, "an array"),
-    ({"mask": CausalMask}, TypeError, "an array"),
-    ({"mask": np.ones((T + 1, S), bool)}, ValueError, "broadcast to (B, N, T, S) = (2, 6, 5, 7)"),
-    ({"mask": np.ones((3, 1, T, S), bool)}, ValueError, "broadcast to (B, N, T, S)"),
-    ({"mask": np.ones((1, 1, 1, T, S), bool)}, ValueError, "broadcast to (B, N, T, S)"),
-    ({"scale": "1"}, TypeError, "an array or None"),
-    ({"scale": True}, TypeError, "real numbers"),
-    ({"scale": 1j}, TypeError, "an array or None"),
-    ({"scale": f32(3)}, ValueError, "(2)"),
-    ({"scale": f32(2, 2)}, ValueError, "("),
-    ({"query_seq_lengths": f32(B)}, TypeError, "integers"),
-    ({"query_seq_lengths": np.ones(B, bool)}, TypeError, "integers"),
-    ({"query_seq_lengths": [1, 2]}, TypeError, "an array or None"),
-    ({"query_seq_lengths": i32(3)}, ValueError, "(B"),
-    ({"key_value_seq_lengths": 1.5}, TypeError, "integers"),
-    ({"key_value_seq_lengths": i32(3)}, ValueError, "(B"),
-    ({"query_offset": 1.0}, TypeError, "integers"),
-    ({"query_offset": True}, TypeError, "integers"),
-    ({"query_offset": "1"}, TypeError, "an array"),
-    ({"query_offset": i32(3)}, ValueError, "(B"),
-    ({"logits_soft_cap": 0}, ValueError, "> 0"),
-    ({"logits_soft_cap": jnp.float32(-2)}, ValueError, "> 0"),
-    ({"logits_soft_cap": np.nan}, ValueError, "> 0"),
-    ({"logits_soft_cap": np.inf}, ValueError, "finite"),
-    ({"logits_soft_cap": "30"}, TypeError, "an array or None"),
-    ({"logits_soft_cap": True}, TypeError, "real numbers"),
-    ({"sinks": i32(N)}, TypeError, "floats"),
-    ({"sinks": [1.0] * N}, TypeError, "an array or None"),
-    ({"sinks": 1.0}, ValueError, "(N"),
-    ({"sinks": f32(NK)}, ValueError, "(N"),
-    ({"sinks": f32(3, N)}, ValueError, "(B, N)"),
-    ({"alibi_slopes": i32(N)}, TypeError, "floats"),
-    ({"alibi_slopes": 1.0}, ValueError, "(N"),
-    ({"alibi_slopes": f32(NK)}, ValueError, "(N"),
+    ({"query": QUERY[0, 0]}, ValueError, "(B, T, N, H) or (T, N, H)", "its shape is (6, 4)"),
+    (
+        {"query": QUERY[None]},
+        ValueError,
+        "(B, T, N, H) or (T, N, H)",
+        "its shape is (1, 2, 5, 6, 4)",
+    ),
+    ({"query": QUERY.tolist()}, TypeError, "an array", "it is list"),
+    ({"query": None}, TypeError, "an array", "it is NoneType"),
+    ({"query": QUERY.astype(np.int32)}, TypeError, "one of float32", "its dtype is int32"),
+    ({"query": QUERY.astype(np.complex64)}, TypeError, "one of float32", "its dtype is complex64"),
+    (
+        {"query": QUERY.astype(jnp.float8_e4m3fn)},
+        TypeError,
+        "one of float32",
+        "its dtype is float8_e4m3fn",
+    ),
+    ({"key": KEY[0]}, ValueError, "(B of query, S, K, H of query)", "its shape is (7, 3, 4)"),
+    ({"key": KEY[:1]}, ValueError, "(2, any, any, 4)", "its shape is (1, 7, 3, 4)"),
+    ({"key": KEY[..., :3]}, ValueError, "(2, any, any, 4)", "its shape is (2, 7, 3, 3)"),
+    ({"key": KEY.astype(np.float16)}, ValueError, "the dtype of query, float32", "it is float16"),
+    (
+        {"value": VALUE[:, :3]},
+        ValueError,
+        "(B of query, S of key, K of key, Hv) = (2, 7, 3, any)",
+        "its shape is (2, 3, 3, 2)",
+    ),
+    ({"value": VALUE[:, :, :1]}, ValueError, "(2, 7, 3, any)", "its shape is (2, 7, 1, 2)"),
+    (
+        {"value": VALUE[0]},
+        ValueError,
+        "(B of query, S of key, K of key, Hv)",
+        "its shape is (7, 3, 2)",
+    ),
+    ({"value": VALUE.astype(bool)}, TypeError, "one of float32", "its dtype is bool"),
+    ({"bias": f32(T, S).astype(int)}, TypeError, "floats", "its dtype is int32"),
+    ({"bias": np.ones((T, S), bool)}, TypeError, "floats", "its dtype is bool"),
+    ({"bias": [[1.0]]}, TypeError, "an array or None", "it is list"),
+    (
+        {"bias": f32(T, S + 1)},
+        ValueError,
+        "broadcast to (B, N, T, S) = (2, 6, 5, 7)",
+        "its shape is (5, 8)",
+    ),
+    (
+        {"bias": f32(1, NK, T, S)},
+        ValueError,
+        "broadcast to (B, N, T, S) = (2, 6, 5, 7)",
+        "its shape is (1, 3, 5, 7)",
+    ),
+    (
+        {"bias": f32(1, 1, 1, T, S)},
+        ValueError,
+        "broadcast to (B, N, T, S) = (2, 6, 5, 7)",
+        "its shape is (1, 1, 1, 5, 7)",
+    ),
+    ({"mask": i32(T, S)}, TypeError, "bool", "its dtype is int32"),
+    ({"mask": f32(T, S)}, TypeError, "bool", "its dtype is float32"),
+    ({"mask": 1}, TypeError, "bool", "its dtype is int32"),
+    ({"mask": "causal"}, TypeError, "an array", "it is str"),
+    ({"mask": CausalMask}, TypeError, "an array", "it is type"),
+    (
+        {"mask": np.ones((T + 1, S), bool)},
+        ValueError,
+        "broadcast to (B, N, T, S) = (2, 6, 5, 7)",
+        "its shape is (6, 7)",
+    ),
+    (
+        {"mask": np.ones((3, 1, T, S), bool)},
+        ValueError,
+        "broadcast to (B, N, T, S)",
+        "its shape is (3, 1, 5, 7)",
+    ),
+    (
+        {"mask": np.ones((1, 1, 1, T, S), bool)},
+        ValueError,
+        "broadcast to (B, N, T, S)",
+        "its shape is (1, 1, 1, 5, 7)",
+    ),
+    ({"scale": "1"}, TypeError, "an array or None", "it is str"),
+    ({"scale": True}, TypeError, "real numbers", "its dtype is bool"),
+    ({"scale": 1j}, TypeError, "an array or None", "it is complex"),
+    ({"scale": f32(3)}, ValueError, "(2)", "its shape is (3,)"),
+    ({"scale": f32(2, 2)}, ValueError, "(", "its shape is (2, 2)"),
+    ({"query_seq_lengths": f32(B)}, TypeError, "integers", "its dtype is float32"),
+    ({"query_seq_lengths": np.ones(B, bool)}, TypeError, "integers", "its dtype is bool"),
+    ({"query_seq_lengths": [1, 2]}, TypeError, "an array or None", "it is list"),
+    ({"query_seq_lengths": i32(3)}, ValueError, "(B", "its shape is (3,)"),
+    ({"key_value_seq_lengths": 1.5}, TypeError, "integers", "its dtype is float32"),
+    ({"key_value_seq_lengths": i32(3)}, ValueError, "(B", "its shape is (3,)"),
+    ({"query_offset": 1.0}, TypeError, "integers", "its dtype is float32"),
+    ({"query_offset": True}, TypeError, "integers", "its dtype is bool"),
+    ({"query_offset": "1"}, TypeError, "an array", "it is str"),
+    ({"query_offset": i32(3)}, ValueError, "(B", "its shape is (3,)"),
+    ({"logits_soft_cap": 0}, ValueError, "> 0", "it is 0"),
+    ({"logits_soft_cap": jnp.float32(-2)}, ValueError, "> 0", "it is -2.0"),
+    ({"logits_soft_cap": np.nan}, ValueError, "> 0", "it is nan"),
+    ({"logits_soft_cap": np.inf}, ValueError, "finite", "it is inf"),
+    ({"logits_soft_cap": "30"}, TypeError, "an array or None", "it is str"),
+    ({"logits_soft_cap": True}, TypeError, "real numbers", "its dtype is bool"),
+    ({"sinks": i32(N)}, TypeError, "floats", "its dtype is int32"),
+    ({"sinks": [1.0] * N}, TypeError, "an array or None", "it is list"),
+    ({"sinks": 1.0}, ValueError, "(N", "its shape is ()"),
+    ({"sinks": f32(NK)}, ValueError, "(N", "its shape is (3,)"),
+    ({"sinks": f32(3, N)}, ValueError, "(B, N)", "its shape is (3, 6)"),
+    ({"alibi_slopes": i32(N)}, TypeError, "floats", "its dtype is int32"),
+    ({"alibi_slopes": 1.0}, ValueError, "(N", "its shape is ()"),
+    ({"alibi_slopes": f32(NK)}, ValueError, "(N", "its shape is (3,)"),
 ]
 BAD_STATICS = [
-    ({"is_causal": 1}, TypeError, "a bool"),
-    ({"is_causal": None}, TypeError, "a bool"),
-    ({"is_causal": np.array(True)}, TypeError, "a bool"),
-    ({"local_window_size": -1}, ValueError, ">= 0"),
-    ({"local_window_size": (0, -1)}, ValueError, ">= 0"),
-    ({"local_window_size": (1, 2, 3)}, ValueError, "an integer or (left, right)"),
-    ({"local_window_size": 1.0}, TypeError, "an integer or None"),
-    ({"local_window_size": (1, "2")}, TypeError, "an integer or None"),
-    ({"local_window_size": True}, TypeError, "an integer or None"),
-    ({"local_window_size": np.array([1, 2])}, TypeError, "an integer or None"),
-    ({"dropout_rng": RNG, "dropout_rate": -0.1}, ValueError, "in [0, 1)"),
-    ({"dropout_rng": RNG, "dropout_rate": 1.0}, ValueError, "in [0, 1)"),
-    ({"dropout_rng": RNG, "dropout_rate": np.nan}, ValueError, "in [0, 1)"),
-    ({"dropout_rng": RNG, "dropout_rate": "0.5"}, TypeError, "a number"),
-    ({"dropout_rng": RNG, "dropout_rate": None}, TypeError, "a number"),
-    ({"dropout_rng": RNG, "dropout_rate": True}, TypeError, "a number"),
-    ({"dropout_rate": 0.5, "dropout_rng": None}, ValueError, "given where dropout_rate is > 0"),
-    ({"dropout_rate": 0.5, "dropout_rng": 0}, TypeError, "one PRNG key"),
-    ({"dropout_rng": 0}, TypeError, "one PRNG key"),
-    ({"dropout_rate": 0.5, "dropout_rng": f32(2)}, TypeError, "one PRNG key"),
-    ({"dropout_rate": 0.5, "dropout_rng": jax.random.split(RNG)}, TypeError, "one PRNG key"),
-    ({"block_sizes": 4}, TypeError, "a pair of integers"),
-    ({"block_sizes": (4,)}, TypeError, "a pair of integers"),
-    ({"block_sizes": (4, 4, 4)}, TypeError, "a pair of integers"),
-    ({"block_sizes": np.array([4, 4])}, TypeError, "a pair of integers"),
-    ({"block_sizes": (0, 4)}, ValueError, "> 0; it is 0"),
-    ({"block_sizes": (4, -1)}, ValueError, "> 0; it is -1"),
-    ({"block_sizes": (4.0, 4)}, TypeError, "an integer; it is 4.0"),
-    ({"block_sizes": (4, True)}, TypeError, "an integer; it is True"),
+    ({"is_causal": 1}, TypeError, "a bool", "it is 1"),
+    ({"is_causal": None}, TypeError, "a bool", "it is None"),
+    ({"is_causal": np.array(True)}, TypeError, "a bool", "it is array(True)"),
+    ({"local_window_size": -1}, ValueError, ">= 0", "it is -1"),
+    ({"local_window_size": (0, -1)}, ValueError, ">= 0", "it is -1"),
+    (
+        {"local_window_size": (1, 2, 3)},
+        ValueError,
+        "an integer or (left, right)",
+        "it is (1, 2, 3)",
+    ),
+    ({"local_window_size": 1.0}, TypeError, "an integer or None", "it is 1.0"),
+    ({"local_window_size": (1, "2")}, TypeError, "an integer or None", "it is '2'"),
+    ({"local_window_size": True}, TypeError, "an integer or None", "it is True"),
+    (
+        {"local_window_size": np.array([1, 2])},
+        TypeError,
+        "an integer or None",
+        "it is array([1, 2])",
+    ),
+    ({"dropout_rng": RNG, "dropout_rate": -0.1}, ValueError, "in [0, 1)", "it is -0.1"),
+    ({"dropout_rng": RNG, "dropout_rate": 1.0}, ValueError, "in [0, 1)", "it is 1.0"),
+    ({"dropout_rng": RNG, "dropout_rate": np.nan}, ValueError, "in [0, 1)", "it is nan"),
+    ({"dropout_rng": RNG, "dropout_rate": "0.5"}, TypeError, "a number", "it is '0.5'"),
+    ({"dropout_rng": RNG, "dropout_rate": None}, TypeError, "a number", "it is None"),
+    ({"dropout_rng": RNG, "dropout_rate": True}, TypeError, "a number", "it is True"),
+    (
+        {"dropout_rate": 0.5, "dropout_rng": None},
+        ValueError,
+        "given where dropout_rate is > 0",
+        "it is None",
+    ),
+    ({"dropout_rate": 0.5, "dropout_rng": 0}, TypeError, "one PRNG key", "it is 0"),
+    ({"dropout_rng": 0}, TypeError, "one PRNG key", "it is 0"),
+    (
+        {"dropout_rate": 0.5, "dropout_rng": f32(2)},
+        TypeError,
+        "one PRNG key",
+        "it is array([1., 1.], dtype=float32)",
+    ),
+    (
+        {"dropout_rate": 0.5, "dropout_rng": jax.random.split(RNG)},
+        TypeError,
+        "one PRNG key",
+        "it is Array((2,)",
+    ),
+    ({"block_sizes": 4}, TypeError, "a pair of integers", "it is 4"),
+    ({"block_sizes": (4,)}, TypeError, "a pair of integers", "it is (4,)"),
+    ({"block_sizes": (4, 4, 4)}, TypeError, "a pair of integers", "it is (4, 4, 4)"),
+    ({"block_sizes": np.array([4, 4])}, TypeError, "a pair of integers", "it is array([4, 4])"),
+    ({"block_sizes": (0, 4)}, ValueError, "> 0; it is 0", "it is 0"),
+    ({"block_sizes": (4, -1)}, ValueError, "> 0; it is -1", "it is -1"),
+    ({"block_sizes": (4.0, 4)}, TypeError, "an integer; it is 4.0", "it is 4.0"),
+    ({"block_sizes": (4, True)}, TypeError, "an integer; it is True", "it is True"),
 ]
 
 
@@ -273,19 +347,12 @@ def name_options(case):
     return "-".join(case) if isinstance(case, dict) else None
 
 
-def what_it_is(x):
-    """One of these is at the end of the message."""
-    if hasattr(x, "shape"):
-        return rf"({re.escape(str(x.shape))}|{x.dtype}|{re.escape(repr(x))}|{re.escape(str(x))})"
-    return rf"({type(x).__name__}|{re.escape(repr(x))}|bool|int32|float32|\(\)|it is .*)"
-
-
 @pytest.mark.parametrize(
-    ("options", "error", "must_be"), BAD_ARRAYS + BAD_STATICS, ids=name_options
+    ("options", "error", "must_be", "it_is"), BAD_ARRAYS + BAD_STATICS, ids=name_options
 )
-def test_an_error_of_attention_names_the_argument(options, error, must_be):
-    *_, (name, x) = options.items()
-    message = rf"{name}\S* must (be )?.*{re.escape(must_be)}(.|\n)*{what_it_is(x)}"
+def test_an_error_of_attention_names_the_argument(options, error, must_be, it_is):
+    name = list(options)[-1]
+    message = rf"{name}\S* must .*{re.escape(must_be)}.*; {re.escape(it_is)}"
     with pytest.raises(error, match=message):
         attend(**options)
 
@@ -476,7 +543,9 @@ def test_an_error_of_merging_names_the_part(outputs, lses, error, message):
 
 
 def test_query_heads_must_be_a_multiple_of_key_heads():
-    with pytest.raises(ValueError, match="query heads must be a multiple of key heads; .*N=5, K=3"):
+    with pytest.raises(
+        ValueError, match="query heads must be a multiple of key heads; got N=5, K=3"
+    ):
         attend(query=QUERY[:, :, :5])
 
 
@@ -485,9 +554,6 @@ def test_options_are_keywords_and_unknown_ones_are_refused():
         flash_attention(QUERY, KEY, VALUE, None, None, 1.0)  # pyright: ignore
     with pytest.raises(TypeError, match="implementation"):
         attend(implementation="xla")
-
-
-# Found by these tests, and wrong when they were written: a crash inside of JAX, or no error.
 
 
 @pytest.mark.parametrize(
@@ -533,7 +599,7 @@ def test_a_look_at_a_mask_beyond_its_batch_is_refused():
 
 
 def test_query_offset_must_be_given():
-    with pytest.raises(TypeError, match="query_offset must be .*None"):
+    with pytest.raises(TypeError, match=r"query_offset must be .*None"):
         attend(query_offset=None)
 
 

@@ -1,10 +1,20 @@
 """Temporary memory, as XLA plans it: deterministic, so asserted to the byte's order."""
 
 import jax
+import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from flash_jax import FlashAttentionConfig, flash_mha
+from flash_jax import (
+    CausalMask,
+    FlashAttentionConfig,
+    LengthMask,
+    PrefixMask,
+    SegmentMask,
+    WindowMask,
+    flash_attention,
+    flash_mha,
+)
 
 
 def compiled(T, *, N=2, H=16, causal, dtype=jnp.float32, blocks=None):
@@ -45,3 +55,102 @@ def test_131072_positions_fit_in_128_mib():
 def test_the_program_does_not_grow_with_the_length():
     sizes = [len(compiled(T, causal=True, blocks=(64, 64)).as_text()) for T in (2**10, 2**16)]
     assert sizes[1] < 1.05 * sizes[0]
+
+
+# Model level. Options are given by the shapes of their arrays.
+
+N, H = 2, 16
+SMALL, LARGE = 2**14, 2**16
+
+
+def spec(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def ids(*shape):
+    return spec(*shape, dtype=np.int32)
+
+
+def model_bytes(T, arrays, *, S=None, heads=N, kv_heads=N, batch=1, **static):
+    """Temporary bytes of flash_attention, with arrays as arguments of the jitted function."""
+    S = T if S is None else S
+    qkv = spec(batch, T, heads, H), spec(batch, S, kv_heads, H), spec(batch, S, kv_heads, H)
+
+    def call(qkv, arrays):
+        return flash_attention(*qkv, **arrays, **static)
+
+    return jax.jit(call).lower(qkv, arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+OPTIONS = {
+    "none": lambda T: {},
+    "causal": lambda T: {"is_causal": True, "query_offset": ids(1)},
+    "window": lambda T: {"local_window_size": (100, 3)},
+    "lengths": lambda T: {"query_seq_lengths": ids(1), "key_value_seq_lengths": ids(1)},
+    "segments": lambda T: {"query_segment_ids": ids(1, T), "key_value_segment_ids": ids(1, T)},
+    "alibi, soft cap and sinks": lambda T: {
+        "alibi_slopes": spec(N),
+        "logits_soft_cap": 30.0,
+        "sinks": spec(N),
+    },
+    "dropout": lambda T: {"dropout_rate": 0.1, "dropout_rng": spec(2, dtype=np.uint32)},
+    "padding mask": lambda T: {"mask": spec(1, 1, 1, T, dtype=bool)},
+    "bias of keys": lambda T: {"bias": spec(1, N, 1, T)},
+    "bias of queries": lambda T: {"bias": spec(T, 1)},
+    "Mask": lambda T: {
+        "mask": (PrefixMask(ids(1)) | CausalMask(ids()))
+        & WindowMask(100, None)
+        & SegmentMask(ids(T), ids(1, T))
+        & LengthMask(None, ids(1))
+    },
+}
+
+
+def split(options):
+    """Arrays, which are traced, and what is compiled in."""
+    static = {"is_causal", "local_window_size", "dropout_rate", "logits_soft_cap"}
+    return (
+        {name: x for name, x in options.items() if name not in static},
+        {name: x for name, x in options.items() if name in static},
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_memory_is_linear_with_every_option(options):
+    small, large = (
+        model_bytes(T, arrays, **static)
+        for T in (SMALL, LARGE)
+        for arrays, static in [split(options(T))]
+    )
+    assert large <= 4.2 * small
+    assert large < LARGE**2 / 16  # far below one byte per pair
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda T: {"bias": spec(1, N, T, T)},
+        lambda T: {"mask": spec(1, 1, T, T, dtype=bool)},
+    ],
+    ids=["bias", "mask"],
+)
+def test_a_full_bias_or_mask_is_not_copied(options):
+    """The argument is quadratic itself; nothing else is, not even a bool per pair."""
+    small, large = (model_bytes(T, options(T), block_sizes=(128, 128)) for T in (2**12, 2**14))
+    assert large <= 4.2 * small
+    assert large < (2**14) ** 2 / 4
+
+
+def test_grouped_keys_and_values_are_not_repeated():
+    T, S, heads = 64, 2**18, 8
+    repeated = S * heads * H * 4
+    assert model_bytes(T, {}, S=S, heads=heads, kv_heads=1) < repeated / 2
+
+
+def test_one_key_and_value_for_the_whole_batch_is_not_repeated():
+    """vmap over queries only: the batch reads the same keys where they are."""
+    B, T, S = 8, 64, 2**18
+    call = jax.vmap(flash_attention, in_axes=(0, None, None))
+    qkv = spec(B, T, 1, H), spec(S, 1, H), spec(S, 1, H)
+    memory = jax.jit(call).lower(*qkv).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < B * S * H * 4 / 2
