@@ -283,6 +283,31 @@ def test_an_empty_axis_gives_empty_or_zero_outputs(B, T, S, sinks, rng):
     np.testing.assert_array_equal(lse, np.broadcast_to(nothing[:, None], (B, N, T)))
 
 
+# --- The ends of the range of integers
+
+
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"local_window_size": (None, 5)}], ids=["causal", "window"]
+)
+def test_an_offset_of_any_size_lets_all_keys_or_none_be_read(options, rng):
+    inputs = random_inputs(rng)
+    limits = np.iinfo(np.int32)
+    run = functools.partial(flash_attention_with_lse, *inputs, **options, block_sizes=TILES)
+    everything = attention(*inputs)[1]
+    assert finite_error(run(query_offset=limits.max)[1], everything) < 2e-6
+    assert np.isneginf(run(query_offset=limits.min)[1]).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_segments_that_differ_beyond_32_bits_differ(rng):
+    inputs = random_inputs(rng)
+    ids = {"query_segment_ids": np.full((B, T), 2**32 + 1)}
+    for key_id, equal in ((2**32 + 1, True), (1, False)):
+        keys = {"key_value_segment_ids": np.full((B, S), key_id)}
+        _, lse = flash_attention_with_lse(*inputs, **ids, **keys, block_sizes=TILES)
+        assert np.isfinite(np.asarray(lse)).all() == equal
+
+
 # --- Random combinations
 
 SHAPES = [(2, 7, 13, 6, 3), (1, 17, 11, 4, 1), (3, 5, 5, 2, 2)]  # B, T, S, N, K
@@ -452,6 +477,7 @@ def test_a_bad_key_or_value_shows_in_exactly_the_rows_that_read_it(name, rng):
             )
             if np.isnan(poison):
                 assert np.isnan(out[reads]).all()
+                assert np.isnan(lse.swapaxes(1, 2)[reads]).all()
             out, lse = (np.asarray(x) for x in run(k, worse_v))
             np.testing.assert_array_equal(out[~reads], before[0][~reads])
             np.testing.assert_array_equal(out[..., [0, 2]], before[0][..., [0, 2]])
@@ -464,8 +490,16 @@ def test_a_bad_key_or_value_shows_in_exactly_the_rows_that_read_it(name, rng):
 
 @pytest.mark.parametrize(
     "name",
-    ["mask", "bias of -inf", "causal per element", "window", "lengths", "segments"]
-    + ["Mask: prefix or causal", "Mask: predicate"],
+    [
+        "mask",
+        "bias of -inf",
+        "causal per element",
+        "window",
+        "lengths",
+        "segments",
+        "Mask: prefix or causal",
+        "Mask: predicate",
+    ],
 )
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30, -np.inf])
 def test_a_bias_behind_the_mask_changes_nothing(name, poison, rng):
@@ -715,14 +749,19 @@ def test_strict_modes_of_jax(rng):
 
 
 def test_finite_results_pass_where_jax_checks_for_infinities(rng):
-    """Some parts of some rows are empty, inside; no output is infinite."""
-    inputs = random_inputs(rng)
-    options = {"is_causal": True, "key_value_seq_lengths": int32(3, 9), "block_sizes": (4, 4)}
+    """Some rows see nothing in some tiles, and in the first part; no output is infinite."""
+    q, k, v = random_inputs(rng)
+    options = {"is_causal": True, "key_value_seq_lengths": int32(3, 9)}
+    parts = [
+        flash_attention_with_lse(q, k[:, a:], v[:, a:], key_value_seq_lengths=lengths)
+        for a, lengths in ((0, int32(3, 0)), (3, int32(14, 14)))
+    ]
+    assert np.isneginf(parts[0][1]).any()
     with jax.debug_nans(True), jax.debug_infs(True):
-        out, lse = flash_attention_with_lse(*inputs, **options)
-    exact = attention(*inputs, is_causal=True, key_value_seq_lengths=int32(3, 9))
-    assert finite_error(out, exact[0]) < 1e-6
-    assert finite_error(lse, exact[1]) < 1e-6
+        results = flash_attention_with_lse(q, k, v, **options, block_sizes=(4, 4))
+        merged = merge_attention(*zip(*parts, strict=True))
+    assert finite_error(results[0], attention(q, k, v, **options)[0]) < 1e-6
+    assert np.isfinite(np.asarray(merged[1])).all()
 
 
 # --- Huge logits

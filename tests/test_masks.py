@@ -209,7 +209,8 @@ def test_attention_with_a_mask_is_attention_with_its_array(case, T, S, blocks, r
     """The mask is an argument of a jitted function, so that its arrays are traced."""
     mask, kept, _ = case(T, S)
     heads_first = random_qkv(rng, lead=(B,), N=N, K=1, T=T, S=S, H=5)
-    exact, _ = numpy_attention(*heads_first, keep=np.broadcast_to(kept, (B, N, T, S)))
+    kept = np.broadcast_to(kept, (B, N, T, S))
+    exact, _ = numpy_attention(*heads_first, keep=kept)
     qkv = [np.swapaxes(x, 1, 2) for x in heads_first]
     by_mask = jax.jit(lambda mask: flash_attention(*qkv, mask=mask, block_sizes=blocks))(mask)
     by_array = flash_attention(*qkv, mask=kept, block_sizes=blocks)

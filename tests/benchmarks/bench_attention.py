@@ -1,9 +1,10 @@
 """Times flash_jax beside what a user would pick instead, in one process, alternating.
 
-    python tests/benchmarks/bench_attention.py                 every case
-    python tests/benchmarks/bench_attention.py full-2k --rounds 21
-    python tests/benchmarks/bench_attention.py --long          1 head x 131072 x 64, causal
-    python tests/benchmarks/bench_attention.py --compile       compile time of 32 heads by length
+    python tests/benchmarks/bench_attention.py                  every case
+    python tests/benchmarks/bench_attention.py full-2k train-2k --rounds 21
+    python tests/benchmarks/bench_attention.py --ratios         what masks and grouped heads save
+    python tests/benchmarks/bench_attention.py --long           1 head x 131072 x 64, causal
+    python tests/benchmarks/bench_attention.py --compile        compile time of 32 heads by length
 
 PyTorch joins where it is installed (extra ``bench``). ``matmul`` is XLA's own float32 product of
 two 2048 x 2048 matrices. Ratios are the median over rounds of (other / flash_jax) within one
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from cases import CASES, Case
+from cases import CASES, RATIOS, Case
 from jax import numpy as jnp
 
 import flash_jax
@@ -37,56 +38,96 @@ class Subject(NamedTuple):
     """One implementation on one case."""
 
     run: Callable[[], object]  # returns when the result is there
-    output: Callable[[], np.ndarray]  # (B, N, T, Hv)
+    output: Callable[[], np.ndarray]  # (B, T, N, H) of the forward pass
     compile_seconds: float
     temporary_bytes: int | None
 
 
-def jax_subject(function, *arguments) -> Subject:
+def jax_subject(case: Case, function, q, k, v) -> Subject:
+    """function(q, k, v), or with it the gradient of its sum."""
+    timed = function
+    if case.gradient:
+        timed = jax.value_and_grad(lambda *x: jnp.sum(function(*x)), (0, 1, 2))
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jax.jit(timed).lower(q, k, v).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis().temp_size_in_bytes
-    run = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
-    return Subject(run, lambda: np.asarray(run()), seconds, memory)
+    run = lambda: jax.block_until_ready(compiled(q, k, v))  # noqa: E731
+    return Subject(run, lambda: np.asarray(jax.jit(function)(q, k, v)), seconds, memory)
 
 
-def heads_first(x):
-    return jnp.swapaxes(x, 1, 2)
+def flash_subject(case: Case, q, k, v) -> Subject:
+    if not case.kernel:
+        options = case.options | {"is_causal": case.is_causal}
+        return jax_subject(case, lambda *x: flash_jax.flash_attention(*x, **options), q, k, v)
+    auto = flash_jax.FlashAttentionConfig.auto
+    config = auto(case.H, case.T, case.T, causal=case.is_causal)
+    subject = jax_subject(
+        case,
+        lambda q, k, v: flash_jax.flash_mha(config, q, k, v),
+        *(jnp.swapaxes(x[0], 0, 1) for x in (q, k, v)),
+    )
+    return subject._replace(output=lambda: np.swapaxes(np.asarray(subject.output()), 0, 1)[None])
 
 
-def subjects_of(case: Case, dtype, rng) -> tuple[dict[str, Subject], tuple[np.ndarray, ...]]:
-    shapes = [
-        (case.B, n, t, case.H) for n, t in ((case.N, case.T), (case.K, case.S), (case.K, case.S))
+def torch_subject(case: Case, q, k, v) -> Subject | None:
+    if torch is None or set(case.options) - {"local_window_size"}:
+        return None
+    tensors = [
+        torch.tensor(np.asarray(x, np.float32)).transpose(1, 2).contiguous() for x in (q, k, v)
     ]
-    q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-    config = flash_jax.FlashAttentionConfig.auto(case.H, case.T, case.S, causal=case.is_causal)
-    subjects = {
-        "flash_jax": jax_subject(
-            jax.vmap(lambda q, k, v: flash_jax.flash_mha(config, q, k, v)), q, k, v
+    tensors = [x.to(getattr(torch, q.dtype.name)).requires_grad_(case.gradient) for x in tensors]
+    keep, is_causal = None, case.is_causal
+    if "local_window_size" in case.options:
+        left, _ = case.options["local_window_size"]
+        keep, is_causal = torch.ones(case.T, case.T, dtype=torch.bool).tril().triu(-left), False
+
+    def forward():
+        return torch.nn.functional.scaled_dot_product_attention(
+            *tensors, attn_mask=keep, is_causal=is_causal, enable_gqa=case.N != case.K
         )
-    }
-    nn = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.is_causal)  # noqa: E731
-    native = jax_subject(nn, *map(heads_first, (q, k, v)))
-    subjects["jax.nn"] = native._replace(output=lambda: np.asarray(heads_first(native.run())))
-    if torch is not None:
-        tensors = [torch.tensor(np.asarray(x, np.float32)) for x in (q, k, v)]
-        tensors = [x.to(getattr(torch, jnp.dtype(dtype).name)) for x in tensors]
-        run = lambda: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
-            *tensors, is_causal=case.is_causal, enable_gqa=case.N != case.K
-        )
-        subjects["torch"] = Subject(run, lambda: run().float().numpy(), 0.0, None)
-    return subjects, tuple(np.asarray(x, np.float64) for x in (q, k, v))
+
+    def run():
+        out = forward()
+        if case.gradient:
+            torch.autograd.grad(out.sum(), tensors)
+
+    output = lambda: forward().detach().transpose(1, 2).float().numpy()  # noqa: E731
+    return Subject(run, output, 0.0, None)
+
+
+def subjects_of(case: Case, q, k, v) -> dict[str, Subject]:
+    subjects = {"flash_jax": flash_subject(case, q, k, v)}
+    if "query_segment_ids" not in case.options:
+        options = case.options | {"is_causal": case.is_causal}
+        native = lambda *x: jax.nn.dot_product_attention(*x, **options)  # noqa: E731
+        subjects["jax.nn"] = jax_subject(case, native, q, k, v)
+    torch_one = torch_subject(case, q, k, v)
+    return subjects if torch_one is None else subjects | {"torch": torch_one}
+
+
+def inputs(case: Case, dtype, rng):
+    heads = (case.N, case.K, case.K)
+    return [jnp.asarray(rng.standard_normal((case.B, case.T, n, case.H)), dtype) for n in heads]
 
 
 def exact_rows(case: Case, rows: np.ndarray, q, k, v) -> np.ndarray:
-    """Some rows of the float64 result, (B, N, rows, H)."""
-    k, v = (np.repeat(x, case.N // case.K, axis=1) for x in (k, v))
-    s = np.einsum("bnth,bnsh->bnts", q[:, :, rows], k) / np.sqrt(case.H)
-    if case.is_causal:
-        s = np.where(np.arange(case.S) <= rows[:, None], s, -np.inf)
+    """Some rows of the float64 result, (B, rows, N, H)."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, case.N // case.K, axis=2) for x in (k, v))
+    s = np.einsum("btnh,bsnh->bnts", q[:, rows], k) / np.sqrt(case.H)
+    t, keys = rows[:, None], np.arange(case.T)
+    keep = (keys <= t) if case.is_causal else np.ones((len(rows), case.T), bool)
+    if "local_window_size" in case.options:
+        keep = keep & (keys >= t - case.options["local_window_size"][0])
+    if "query_segment_ids" in case.options:
+        ids = case.options["query_segment_ids"][0]
+        keep = keep & (ids[rows][:, None] == ids)
+    if "key_value_seq_lengths" in case.options:
+        keep = keep & (keys < case.options["key_value_seq_lengths"][0])
+    s = np.where(keep, s, -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
-    return np.einsum("bnts,bnsh->bnth", p / p.sum(-1, keepdims=True), v)
+    return np.einsum("bnts,bsnh->btnh", p / p.sum(-1, keepdims=True), v)
 
 
 def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
@@ -103,22 +144,25 @@ def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, n
 
 
 def bench(case: Case, dtype, rounds: int, rng) -> None:
-    subjects, exact_inputs = subjects_of(case, dtype, rng)
-    rows = np.unique(np.linspace(0, case.T - 1, CHECKED_ROWS).astype(int))
-    exact = exact_rows(case, rows, *exact_inputs)
+    q, k, v = inputs(case, dtype, rng)
+    subjects = subjects_of(case, q, k, v)
+    limit = min(case.options.get("query_seq_lengths", [case.T]))
+    rows = np.unique(np.linspace(0, limit - 1, CHECKED_ROWS).astype(int))
+    exact = exact_rows(case, rows, q, k, v)
     a = jnp.asarray(rng.standard_normal((MATMUL, MATMUL)), jnp.float32)
     matmul = jax.jit(jnp.matmul)
     runs = {name: subject.run for name, subject in subjects.items()}
     seconds = alternate(runs | {"matmul": lambda: matmul(a, a).block_until_ready()}, rounds)
     peak = 2.0 * MATMUL**3 / seconds["matmul"]
-    print(f"\n{case.name}: {case.why}; {case}")
+    shape = f"B={case.B} T=S={case.T} N={case.N} K={case.K} H={case.H}"
+    print(f"\n{case.name}: {case.why}; {shape}, matmul {np.median(peak) / 1e9:.0f} GFLOP/s")
     print(
         f"{'':10} compile s | ms: median [quartiles] | GFLOP/s | of matmul | ratio | temp MiB | "
         "max error"
     )
     for name, subject in subjects.items():
         low, median, high = np.percentile(seconds[name], [25, 50, 75]) * 1e3
-        error = np.max(np.abs(subject.output()[:, :, rows].astype(np.float64) - exact))
+        error = np.max(np.abs(subject.output()[:, rows].astype(np.float64) - exact))
         rate = case.flops / seconds[name]
         memory = subject.temporary_bytes
         print(
@@ -129,18 +173,31 @@ def bench(case: Case, dtype, rounds: int, rng) -> None:
         )
 
 
+def bench_ratios(dtype, rounds: int, rng) -> None:
+    print()
+    for name, (numerator, denominator, aim) in RATIOS.items():
+        runs = {
+            str(i): flash_subject(case, *inputs(case, dtype, rng)).run
+            for i, case in enumerate((numerator, denominator))
+        }
+        seconds = alternate(runs, rounds)
+        ratio = np.median(seconds["0"] / seconds["1"])
+        times = " / ".join(f"{np.median(x) * 1e3:.1f}" for x in seconds.values())
+        print(f"{name:36} {ratio:5.2f}  ({times} ms; wanted {aim})")
+
+
 def bench_long(rng) -> None:
     T, H = 131072, 64
     config = flash_jax.FlashAttentionConfig.auto(H, T, T, causal=True)
+    case = Case("", "", 1, T, 1, 1, H, True)
     q, k, v = (jnp.asarray(rng.standard_normal((T, H)), jnp.float32) for _ in range(3))
-    f = lambda q, k, v: flash_jax.flash_attention_forward(config, q, k, v)  # noqa: E731
-    subject = jax_subject(f, q, k, v)
+    forward = lambda *x: flash_jax.flash_attention_forward(config, *x)  # noqa: E731
+    subject = jax_subject(case, forward, q, k, v)
     start = time.perf_counter()
     subject.run()
     seconds = time.perf_counter() - start
     print(
-        f"\n1 head x {T} x {H}, causal: {seconds:.1f} s, "
-        f"{2 * T * T * H / seconds / 1e9:.0f} GFLOP/s, "
+        f"\n1 head x {T} x {H}, causal: {seconds:.1f} s, {case.flops / seconds / 1e9:.0f} GFLOP/s, "
         f"{subject.temporary_bytes / 2**20:.1f} MiB of temporaries; scores {T * T >> 28} GiB"
     )
 
@@ -160,6 +217,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=[], help=f"of {', '.join(CASES)}")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--ratios", action="store_true")
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
@@ -168,14 +226,16 @@ def main() -> None:
     print(
         f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}; {arguments.dtype}; {arguments.rounds} rounds"
     )
-    rng = np.random.default_rng(0)
+    rng, dtype = np.random.default_rng(0), jnp.dtype(arguments.dtype)
+    if arguments.ratios:
+        bench_ratios(dtype, arguments.rounds, rng)
     if arguments.long:
         bench_long(rng)
     if arguments.compile:
         bench_compile()
-    if arguments.cases or not (arguments.long or arguments.compile):
+    if arguments.cases or not (arguments.ratios or arguments.long or arguments.compile):
         for name in arguments.cases or CASES:
-            bench(CASES[name], jnp.dtype(arguments.dtype), arguments.rounds, rng)
+            bench(CASES[name], dtype, arguments.rounds, rng)
 
 
 if __name__ == "__main__":
