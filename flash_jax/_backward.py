@@ -23,8 +23,8 @@ from ._forward import Results
 from ._online_softmax import dot
 from ._operands import (
     Differentiable,
+    Dimensions,
     Operands,
-    Sizes,
     Static,
     finite,
     kept_weights,
@@ -63,12 +63,10 @@ def backward(
         rows: the operands to differentiate, and the first axis of each gradient. Where it is less
             than that of the output, the gradient is summed over the rows that share an entry.
     """
-    sizes = Sizes.of(operands, static)
+    dims = Dimensions.of(operands, static)
     shapes = gradient_shapes(operands, rows)
-    sums = {
-        name: jnp.zeros(_summed(static, name, x.shape), sizes.acc) for name, x in shapes.items()
-    }
-    if not sizes.empty:
+    sums = {name: jnp.zeros(_summed(static, name, x.shape), dims.acc) for name, x in shapes.items()}
+    if not dims.empty:
         step = functools.partial(_query_tile, operands, results, d_out, d_lse, static)
         sums = over_query_tiles(operands, static, step, sums, copies=3)
     for name in {"k", "v"} & sums.keys():

@@ -13,8 +13,8 @@ from jax import numpy as jnp
 
 from . import _online_softmax as online
 from ._operands import (
+    Dimensions,
     Operands,
-    Sizes,
     Static,
     finite,
     kept_weights,
@@ -38,31 +38,31 @@ class Results(NamedTuple):
 
 def forward_shapes(operands: Operands, static: Static) -> Results:
     """Shapes and dtypes of the results."""
-    sizes = Sizes.of(operands, static)
-    rows = jax.ShapeDtypeStruct((sizes.rows, sizes.N, sizes.T), sizes.acc)
-    out = static.layout.axes(sizes.rows, sizes.N, sizes.T, sizes.Hv)
+    dims = Dimensions.of(operands, static)
+    rows = jax.ShapeDtypeStruct((dims.rows, dims.N, dims.T), dims.acc)
+    out = static.layout.axes(dims.rows, dims.N, dims.T, dims.Hv)
     return Results(jax.ShapeDtypeStruct(tuple(out), operands.q.dtype), rows, rows, rows)  # pyright: ignore
 
 
 def forward(operands: Operands, static: Static) -> Results:
     """Attention of every query head, with its softmax statistics."""
-    sizes = Sizes.of(operands, static)
+    dims = Dimensions.of(operands, static)
     results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forward_shapes(operands, static))
-    if sizes.empty:
+    if dims.empty:
         if operands.sinks is None:
             return results._replace(lse=jnp.full_like(results.lse, -jnp.inf))
-        sinks = operands.sinks.astype(sizes.acc)[..., None]
+        sinks = operands.sinks.astype(dims.acc)[..., None]
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     # 0 * v is NaN where v is NaN or infinite: one fast sum tells whether any value is.
-    all_finite = jnp.isfinite(jnp.sum(operands.v * 0, dtype=sizes.acc))
+    all_finite = jnp.isfinite(jnp.sum(operands.v * 0, dtype=dims.acc))
 
     def step(tile: QueryTile, results: Results) -> Results:
         state = _attend(operands, static, tile, all_finite)
         out, lse = jax.vmap(online.finish)(state)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
         shape = (1, tile.heads * tile.groups, tile.q.block)
-        out = out.reshape(*shape[1:], sizes.Hv).astype(operands.q.dtype)
+        out = out.reshape(*shape[1:], dims.Hv).astype(operands.q.dtype)
         rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
         return Results(
             put_tile(static.layout, results.out, out, tile.row, n, t),

@@ -71,8 +71,8 @@ class Static(NamedTuple):
     dropout_rate: float = 0.0
 
 
-class Sizes(NamedTuple):
-    """Sizes of a pass; rows counts the batch elements of all vmapped calls."""
+class Dimensions(NamedTuple):
+    """Dimensions of a pass; rows counts the batch elements of all vmapped calls."""
 
     rows: int
     N: int
@@ -84,12 +84,12 @@ class Sizes(NamedTuple):
     acc: np.dtype  # of scores and sums
 
     @classmethod
-    def of(cls, operands: Operands, static: Static) -> Sizes:
+    def of(cls, operands: Operands, static: Static) -> Dimensions:
         q, k, v, *_ = operands
-        rows = max(x.shape[0] for x in jax.tree.leaves(operands))
+        rows = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), static.layout.sizes(k)
         acc = jnp.promote_types(q.dtype, jnp.float32)
-        return cls(rows, N, T, K, S, H, v.shape[-1], acc)
+        return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
 
     @property
     def empty(self) -> bool:
@@ -104,19 +104,19 @@ def over_query_tiles(
     Args:
         copies: how many arrays of a tile's scores live at once in a step, masking aside.
     """
-    sizes = Sizes.of(operands, static)
-    q, kv = Axis.of(sizes.T, static.blocks.q), Axis.of(sizes.S, static.blocks.kv)
-    groups = sizes.N // sizes.K
+    dims = Dimensions.of(operands, static)
+    q, kv = Axis.of(dims.T, static.blocks.q), Axis.of(dims.S, static.blocks.kv)
+    groups = dims.N // dims.K
     copies += not operands.scores.always_full(kv)
-    heads = heads_per_step(machine(), sizes.K, groups * q.block, kv.block, copies)
+    heads = heads_per_step(machine(), dims.K, groups * q.block, kv.block, copies)
 
     def at(count: Array, carry: C) -> C:
-        row, count = jnp.divmod(count, np.int32(sizes.K // heads * q.count))
+        row, count = jnp.divmod(count, np.int32(dims.K // heads * q.count))
         group, i = jnp.divmod(count, np.int32(q.count))
-        batch = (sizes.rows, static.batch)
+        batch = (dims.rows, static.batch)
         return step(QueryTile(q, kv, row, batch, group * heads, heads, groups, i), carry)
 
-    steps = sizes.rows * (sizes.K // heads) * q.count
+    steps = dims.rows * (dims.K // heads) * q.count
     return lax.fori_loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
 
 

@@ -18,8 +18,8 @@ from ._forward import Results
 from ._online_softmax import dot
 from ._operands import (
     Differentiable,
+    Dimensions,
     Operands,
-    Sizes,
     Static,
     finite,
     kept_weights,
@@ -59,16 +59,16 @@ def tangent(
 ) -> tuple[Array, Array]:
     """Tangents of the output and of lse, from those of some operands."""
     operands, tangents = _of_one_shape(operands, tangents)
-    sizes = Sizes.of(operands, static)
+    dims = Dimensions.of(operands, static)
     d_results = (jnp.zeros_like(results.out), jnp.zeros_like(results.lse))
-    if sizes.empty:
+    if dims.empty:
         return d_results
 
     def step(tile: QueryTile, d_results: tuple[Array, Array]) -> tuple[Array, Array]:
         d_out, d_lse = _tangent_tile(operands, results, tangents, static, tile)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
         shape = (tile.heads * tile.groups, tile.q.block)
-        d_out = d_out.reshape(*shape, sizes.Hv).astype(results.out.dtype)
+        d_out = d_out.reshape(*shape, dims.Hv).astype(results.out.dtype)
         return (
             put_tile(static.layout, d_results[0], d_out, tile.row, n, t),
             lax.dynamic_update_slice(d_results[1], d_lse.reshape(1, *shape), (tile.row, n, t)),
