@@ -30,6 +30,7 @@ from ._shapes import (
     check_array,
     check_bool,
     check_dropout,
+    check_int32,
     check_positive,
     check_qkv,
     check_window,
@@ -188,8 +189,11 @@ def flash_attention_with_lse(
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
+    if query_offset is None:
+        raise TypeError("query_offset must be an integer or an array of them; it is None")
     for name, x in arrays.items():
         check_array(name, x)
+        check_int32(name, x)
     if not isinstance(mask, Mask):
         check_array("mask", mask)
     check_positive("logits_soft_cap", logits_soft_cap)

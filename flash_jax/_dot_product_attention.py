@@ -65,6 +65,9 @@ def dot_product_attention(
         raise ValueError(f"implementation must be None or 'xla'; it is {implementation!r}")
     if not isinstance(return_residual, bool):
         raise TypeError(f"return_residual must be a bool; it is {return_residual!r}")
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if x is None:
+            raise TypeError(f"{name} must be an array; it is NoneType")
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
     query, key, value = (x[None] if x.ndim == 3 else x for x in (query, key, value))

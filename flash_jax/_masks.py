@@ -22,7 +22,14 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from ._query_tile import Axis, QueryTile, Range
-from ._shapes import Sizes, bind_integers, bind_scores, positive_integer, window_side
+from ._shapes import (
+    Sizes,
+    bind_integers,
+    bind_scores,
+    natural_number,
+    positive_integer,
+    window_side,
+)
 
 M = TypeVar("M", bound=type)
 
@@ -37,12 +44,14 @@ class Mask:
     arrays: ClassVar[dict[str, str]] = {}  # the fields that hold arrays, and their axes but B
     masks: ClassVar[tuple[str, ...]] = ()  # the fields that hold masks
 
+    optional: ClassVar[bool] = False  # whether the arrays may be None
+
     def bind(self, sizes: Sizes) -> Mask:
         """The mask with its arrays checked, named in errors as the class's fields are."""
         bound = {
             name: bind_integers(f"{type(self).__name__}.{name}", getattr(self, name), axes, sizes)
             for name, axes in self.arrays.items()
-            if getattr(self, name) is not None
+            if not (self.optional and getattr(self, name) is None)
         }
         return dataclasses.replace(self, **bound)  # pyright: ignore[reportArgumentType]
 
@@ -73,19 +82,28 @@ class Mask:
         """The mask of one batch element and one query head as bool (T, S), to look at.
 
         Raises:
-            ValueError: a size is not positive, or the mask's arrays do not fit it.
-            TypeError: a size is no integer.
+            ValueError: a size is not positive, the mask's arrays do not fit it, or it has no such
+                batch element.
+            TypeError: a size or an index is no integer.
         """
         T, S = positive_integer("T", T), positive_integer("S", S)
-        tile = whole_tile(T, S, (T, S), batch, head)
-        kept = self.bind(Sizes(T=T, S=S)).keep(tile, jnp.int32(0))
-        return jnp.broadcast_to(kept, tile.shape())[0, 0]
+        bound, tile = first_tile(self, T, S, (T, S), batch, head)
+        assert bound is not None
+        return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]
 
 
-def whole_tile(T: int, S: int, blocks: tuple[int, int], batch: int, head: int) -> QueryTile:
-    """The first tile of queries of one batch element and one query head."""
-    at = (jnp.int32(batch), (batch + 1, batch + 1), jnp.int32(head), 1, 1, jnp.int32(0))
-    return QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
+def first_tile(
+    mask: Mask | None, T: int, S: int, blocks: tuple[int, int], batch: int, head: int
+) -> tuple[Mask | None, QueryTile]:
+    """The bound mask and the first tile of queries of one batch element and one query head."""
+    batch, head = natural_number("batch", batch), natural_number("head", head)
+    bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
+    B = max((x.shape[0] for x in jax.tree.leaves(bound)), default=1)
+    if B > 1 and batch >= B:
+        raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")
+    B = max(B, batch + 1)
+    at = (jnp.int32(batch), (B, B), jnp.int32(head), 1, 1, jnp.int32(0))
+    return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
 
 
 @dataclass_transform(frozen_default=True)
@@ -118,6 +136,11 @@ class CombinedMask(Mask):
         return self.op(some, some_b), self.op(every, every_b)
 
 
+def _near(offset: Array) -> Array:
+    """The offset, cut to where no sequence reaches: positions plus it must not overflow int32."""
+    return jnp.clip(offset, np.int32(-(2**30)), np.int32(2**30))
+
+
 @_mask
 class CausalMask(Mask):
     """Query t reads keys 0..t + offset.
@@ -132,10 +155,10 @@ class CausalMask(Mask):
     offset: ArrayLike = 0
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        return tile.s(j) <= tile.t + tile.of_element(self.offset)
+        return tile.s(j) <= tile.t + _near(tile.of_element(self.offset))
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset = tile.of_element(self.offset)
+        offset = _near(tile.of_element(self.offset))
         t, s = tile.queries, tile.keys
         return s.first <= t.last + offset, s.last <= t.first + offset
 
@@ -164,11 +187,11 @@ class WindowMask(Mask):
             object.__setattr__(self, name, window_side(name, getattr(self, name)))
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        s, t = tile.s(j), tile.t + tile.of_element(self.offset)
+        s, t = tile.s(j), tile.t + _near(tile.of_element(self.offset))
         return _inside(self, Range(s, s), Range(t, t))
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset, s = tile.of_element(self.offset), tile.keys
+        offset, s = _near(tile.of_element(self.offset)), tile.keys
         first, last = tile.queries.first + offset, tile.queries.last + offset
         some = _inside(self, Range(s.last, s.first), Range(first, last))
         return some, _inside(self, s, Range(last, first))
@@ -178,9 +201,9 @@ def _inside(mask: WindowMask, s: Range, t: Range) -> Array:
     """Whether s.first is not left of the window of t.first, nor s.last right of that of t.last."""
     inside = jnp.full(jnp.broadcast_shapes(s.first.shape, t.first.shape), True)
     if mask.left is not None:
-        inside = inside & (s.first >= t.first - mask.left)
+        inside = inside & (s.first + mask.left >= t.first)
     if mask.right is not None:
-        inside = inside & (s.last <= t.last + mask.right)
+        inside = inside & (s.last - mask.right <= t.last)
     return inside
 
 
@@ -221,6 +244,7 @@ class LengthMask(Mask):
     """
 
     arrays: ClassVar = {"q": "", "kv": ""}
+    optional: ClassVar = True
     q: ArrayLike | None = None
     kv: ArrayLike | None = None
 
@@ -273,10 +297,22 @@ class PredicateMask(Mask):
 
     fn: Callable[[Array, Array, Array, Array], Array]
 
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn of PredicateMask must be a function; it is {self.fn!r}")
+
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        kept = jnp.asarray(self.fn(tile.element, tile.n, tile.t, tile.s(j)))
-        if kept.dtype != bool:
-            raise TypeError(f"fn of PredicateMask must return bool; it returned {kept.dtype}")
+        kept = self.fn(tile.element, tile.n, tile.t, tile.s(j))
+        kind = "bool" if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
+        if kind != np.bool_:
+            raise TypeError(f"fn of PredicateMask must return bool; it returned {kind}")
+        kept, full = jnp.asarray(kept), tile.shape()
+        sizes = zip(kept.shape[::-1], full[::-1], strict=False)
+        if kept.ndim > 4 or any(n not in (1, m) for n, m in sizes):
+            raise ValueError(
+                "fn of PredicateMask must return what broadcasts with its indices to "
+                f"{full}; it returned shape {kept.shape}"
+            )
         return kept
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:

@@ -135,7 +135,7 @@ def _fold(
     if "rows" in static:  # every call has its own gradients, of shared operands, too
         static["rows"] = tuple(size * rows for rows in static["rows"])
     results = primitive.bind(*map(folded, leaves, axes), **static)
-    results = [x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results]
+    results = [x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results]
     return results, [0] * len(results)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from ._masks import Mask, whole_tile
+from ._masks import Mask, first_tile
 from ._query_tile import Axis, QueryTile
-from ._shapes import BlockSizes, Sizes, as_block_sizes, positive_integer
+from ._shapes import BlockSizes, as_block_sizes, positive_integer
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2
 
@@ -113,7 +113,7 @@ def block_schedule(
 
     Raises:
         ValueError: a size is not positive, or the mask's arrays do not fit; the message names it.
-        TypeError: a size is no integer, or mask is no Mask.
+        TypeError: a size or an index is no integer, or mask is no Mask.
 
     Example:
         >>> from flash_jax import CausalMask
@@ -126,8 +126,7 @@ def block_schedule(
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(f"mask must be a Mask or None; it is {type(mask).__name__}")
     T, S = positive_integer("T", T), positive_integer("S", S)
-    tile = whole_tile(T, S, as_block_sizes(block_sizes), batch, head)
-    bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
+    bound, tile = first_tile(mask, T, S, as_block_sizes(block_sizes), batch, head)
     rows = jax.vmap(lambda i: status(bound, tile._replace(i=i)))
     tiles = rows(lax.iota(np.int32, tile.q.count))
     return BlockSchedule(np.asarray(tiles), BlockSizes(tile.q.block, tile.kv.block))

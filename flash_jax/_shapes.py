@@ -69,6 +69,8 @@ def check_qkv(query: Array, key: Array, value: Array) -> None:
     """Checks (B, T, N, H), (B, S, K, H), (B, S, K, Hv), or all three without B."""
     if query.ndim not in (3, 4):
         raise ValueError(f"query must be (B, T, N, H) or (T, N, H); its shape is {query.shape}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query must have a head size H > 0; its shape is {query.shape}")
     B, b = query.shape[:-3], "B of query, " if query.ndim == 4 else ""
     check_shape("query", query, "(B, T, N, H)" if B else "(T, N, H)", (*B, None, None, None))
     check_shape("key", key, f"({b}S, K, H of query)", (*B, None, None, query.shape[-1]))
@@ -128,14 +130,24 @@ def bind_scores(name: str, x: Any, spelled: str, kind: type, sizes: Sizes) -> Ar
 
 def _bind_rows(name: str, x: Array, axes: str, sizes: Sizes) -> Array:
     expected = tuple(getattr(sizes, axis) for axis in axes)
+    alone, batched = _spelled(axes) if axes else "a scalar", _spelled("B" + axes)
     if x.ndim == len(axes) + 1 and sizes.batched:
-        check_shape(name, x, f"({', '.join(['B', *axes])})", (sizes.B, *expected))
+        check_shape(name, x, batched, (sizes.B, *expected))
         return x
-    check_shape(name, x, f"({', '.join(axes)})", expected)
+    if x.ndim != len(axes):
+        either = f"{alone} or {batched}" if sizes.batched else alone
+        raise ValueError(f"{name} must be {either}; its shape is {x.shape}")
+    check_shape(name, x, alone, expected)
     return x[None]
 
 
+def _spelled(axes: str) -> str:
+    return f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
+
+
 def _of_kind(name: str, x: Any, spelled: str, kinds: type | tuple[type, ...]) -> Array:
+    if x is None or isinstance(x, str):
+        raise TypeError(f"{name} must be {spelled}; it is {x!r}")
     x = jnp.asarray(x)
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
@@ -177,6 +189,11 @@ def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:
     if rng is not None:
         typed = hasattr(rng, "dtype") and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
         raw = hasattr(rng, "dtype") and rng.dtype == np.uint32 and rng.ndim == 1
+        if raw:
+            try:
+                jax.random.wrap_key_data(rng)
+            except TypeError:  # not of the size of the default implementation
+                raw = False
         if not (raw or (typed and rng.ndim == 0)):
             raise TypeError(f"{rng_name} must be one PRNG key; it is {rng!r}")
     return float(rate)
@@ -204,6 +221,21 @@ def window_side(name: str, side: Any) -> int | None:
     if side < 0:
         raise ValueError(f"{name} must be >= 0; it is {side!r}")
     return min(int(side), _MAX_LENGTH)  # wider than any sequence is open
+
+
+def check_int32(name: str, x: Any) -> None:
+    """Checks that an integer, where its value is known, is one of int32."""
+    if isinstance(x, numbers.Integral) and not -(2**31) <= int(x) < 2**31:
+        raise ValueError(f"{name} must fit into int32; it is {x}")
+
+
+def natural_number(name: str, value: object) -> int:
+    """value as an int, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer; it is {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0; it is {value!r}")
+    return int(value)
 
 
 def positive_integer(name: str, value: object) -> int:

@@ -26,10 +26,10 @@ def test_tiles_fit_the_machine_and_the_lengths(here, causal, head_dim, T, S):
 @pytest.mark.parametrize("heads", [1, 7, 8, 12, 32])
 def test_heads_per_step_divide_the_heads_and_fit(heads):
     for rows in (1, 64, 2048, 10**6):
-        n = heads_per_step(SMALL, heads, rows, 512, masked=False)
-        assert heads % n == 0
-        assert n == 1 or 4 * n * rows * 512 <= score_bytes(SMALL)
-        assert heads_per_step(SMALL, heads, rows, 512, masked=True) <= n
+        for copies in (1, 2, 5):
+            n = heads_per_step(SMALL, heads, rows, 512, copies)
+            assert heads % n == 0
+            assert n == 1 or 4 * n * rows * 512 * copies <= score_bytes(SMALL)
 
 
 def test_auto_uses_this_machines_rule():

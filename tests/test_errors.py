@@ -336,10 +336,10 @@ BAD_STATICS = [
     ({"block_sizes": (4,)}, TypeError, "a pair of integers", "it is (4,)"),
     ({"block_sizes": (4, 4, 4)}, TypeError, "a pair of integers", "it is (4, 4, 4)"),
     ({"block_sizes": np.array([4, 4])}, TypeError, "a pair of integers", "it is array([4, 4])"),
-    ({"block_sizes": (0, 4)}, ValueError, "> 0; it is 0", "it is 0"),
-    ({"block_sizes": (4, -1)}, ValueError, "> 0; it is -1", "it is -1"),
-    ({"block_sizes": (4.0, 4)}, TypeError, "an integer; it is 4.0", "it is 4.0"),
-    ({"block_sizes": (4, True)}, TypeError, "an integer; it is True", "it is True"),
+    ({"block_sizes": (0, 4)}, ValueError, "> 0", "it is 0"),
+    ({"block_sizes": (4, -1)}, ValueError, "> 0", "it is -1"),
+    ({"block_sizes": (4.0, 4)}, TypeError, "an integer", "it is 4.0"),
+    ({"block_sizes": (4, True)}, TypeError, "an integer", "it is True"),
 ]
 
 

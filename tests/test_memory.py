@@ -84,19 +84,26 @@ def model_bytes(T, arrays, *, S=None, heads=N, kv_heads=N, batch=1, **static):
 
 OPTIONS = {
     "none": lambda T: {},
-    "causal": lambda T: {"is_causal": True, "query_offset": ids(1)},
-    "window": lambda T: {"local_window_size": (100, 3)},
-    "lengths": lambda T: {"query_seq_lengths": ids(1), "key_value_seq_lengths": ids(1)},
+    "causal, window and lengths": lambda T: {
+        "is_causal": True,
+        "local_window_size": (1000, 3),
+        "query_offset": ids(1),
+        "query_seq_lengths": ids(1),
+        "key_value_seq_lengths": ids(1),
+    },
     "segments": lambda T: {"query_segment_ids": ids(1, T), "key_value_segment_ids": ids(1, T)},
-    "alibi, soft cap and sinks": lambda T: {
+    "alibi, soft cap, sinks and dropout": lambda T: {
         "alibi_slopes": spec(N),
         "logits_soft_cap": 30.0,
         "sinks": spec(N),
+        "dropout_rate": 0.1,
+        "dropout_rng": spec(2, dtype=np.uint32),
     },
-    "dropout": lambda T: {"dropout_rate": 0.1, "dropout_rng": spec(2, dtype=np.uint32)},
-    "padding mask": lambda T: {"mask": spec(1, 1, 1, T, dtype=bool)},
-    "bias of keys": lambda T: {"bias": spec(1, N, 1, T)},
-    "bias of queries": lambda T: {"bias": spec(T, 1)},
+    "mask and bias of keys": lambda T: {
+        "mask": spec(1, 1, 1, T, dtype=bool),
+        "bias": spec(1, N, 1, T),
+    },
+    "mask and bias of queries": lambda T: {"mask": spec(T, 1, dtype=bool), "bias": spec(T, 1)},
     "Mask": lambda T: {
         "mask": (PrefixMask(ids(1)) | CausalMask(ids()))
         & WindowMask(100, None)
