@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from ._block_sizes import fastest_blocks
 from ._dropout import bind_key
 from ._machine import machine
-from ._masks import ArrayMask, CausalMask, LengthMask, Mask, SegmentMask, WindowMask
+from ._masks import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
 from ._operands import Operands, Static
 from ._primitives import attention
 from ._scores import Scores
@@ -291,7 +291,7 @@ def _one_mask(
         given, missing = (given, missing) if kv_ids is None else (missing, given)
         raise ValueError(f"{missing} must be given where {given} is")
     if q_ids is not None and kv_ids is not None:
-        masks.append(SegmentMask(q_ids, kv_ids))
+        masks.append(segments(q_ids, kv_ids))
     if isinstance(mask, Mask):
         masks.append(mask.bind(sizes))
     elif mask is not None:

@@ -136,11 +136,6 @@ class CombinedMask(Mask):
         return self.op(some, some_b), self.op(every, every_b)
 
 
-def _near(offset: Array) -> Array:
-    """The offset, cut to where no sequence reaches: positions plus it must not overflow int32."""
-    return jnp.clip(offset, np.int32(-(2**30)), np.int32(2**30))
-
-
 @_mask
 class CausalMask(Mask):
     """Query t reads keys 0..t + offset.
@@ -155,10 +150,10 @@ class CausalMask(Mask):
     offset: ArrayLike = 0
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        return tile.s(j) <= tile.t + _near(tile.of_element(self.offset))
+        return tile.s(j) <= tile.t + tile.of_element(self.offset)
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset = _near(tile.of_element(self.offset))
+        offset = tile.of_element(self.offset)
         t, s = tile.queries, tile.keys
         return s.first <= t.last + offset, s.last <= t.first + offset
 
@@ -187,11 +182,11 @@ class WindowMask(Mask):
             object.__setattr__(self, name, window_side(name, getattr(self, name)))
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        s, t = tile.s(j), tile.t + _near(tile.of_element(self.offset))
+        s, t = tile.s(j), tile.t + tile.of_element(self.offset)
         return _inside(self, Range(s, s), Range(t, t))
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset, s = _near(tile.of_element(self.offset)), tile.keys
+        offset, s = tile.of_element(self.offset), tile.keys
         first, last = tile.queries.first + offset, tile.queries.last + offset
         some = _inside(self, Range(s.last, s.first), Range(first, last))
         return some, _inside(self, s, Range(last, first))
@@ -223,6 +218,11 @@ class SegmentMask(Mask):
     q_ids: ArrayLike
     kv_ids: ArrayLike
 
+    def bind(self, sizes: Sizes) -> Mask:
+        q_ids = bind_integers("SegmentMask.q_ids", self.q_ids, "T", sizes)
+        kv_ids = bind_integers("SegmentMask.kv_ids", self.kv_ids, "S", sizes)
+        return segments(q_ids, kv_ids)
+
     def keep(self, tile: QueryTile, j: Array) -> Array:
         return tile.of_queries(self.q_ids) == tile.of_keys(self.kv_ids, j)
 
@@ -232,6 +232,12 @@ class SegmentMask(Mask):
         q_low, q_high, low, high = jnp.min(q), jnp.max(q), jnp.min(kv, -1), jnp.max(kv, -1)
         some = (low <= q_high) & (q_low <= high)
         return some, some & (low == high) & (q_low == q_high)
+
+
+def segments(q_ids: Array, kv_ids: Array) -> SegmentMask:
+    """The bound mask of bound ids, which may be of two integer dtypes."""
+    dtype = jnp.promote_types(q_ids.dtype, kv_ids.dtype)
+    return SegmentMask(q_ids.astype(dtype), kv_ids.astype(dtype))
 
 
 @_mask

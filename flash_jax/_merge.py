@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
@@ -59,7 +60,11 @@ def merge_attention(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> 
     for i, (o, s) in enumerate(zip(out, lse, strict=True)):
         check_shape(f"outputs[{i}]", o, "the shape of outputs[0]", out[0].shape)
         check_shape(f"lses[{i}]", s, "(B, N, T) of outputs", (*B, N, T))
+    return _merge(out, lse)
 
+
+@jax.jit
+def _merge(out: list[Array], lse: list[Array]) -> tuple[Array, Array]:
     all_lse = jnp.stack(lse)
     m = jnp.max(all_lse, axis=0)
     shift = jnp.where(jnp.isneginf(m), 0, m)

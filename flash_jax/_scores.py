@@ -66,12 +66,14 @@ class Scores(NamedTuple):
         """The mask of key tile j: bool (heads, rows, block_kv)."""
         kept = keep_tile(self.mask, tile, j)
         if self.bias is not None:
-            kept = kept & ~jnp.isneginf(tile.of_scores(self.bias, j))
+            bias = tile.of_scores(self.bias, j).astype(self.scale.dtype)
+            kept = kept & ~jnp.isneginf(bias)
         return tile.as_rows(kept)
 
     def products(self, q: Array, k: Array) -> Array:
         """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
-        return jax.vmap(lambda q, k: dot(q, k.T))(q, k)
+        s = jax.vmap(lambda q, k: dot(q, k.T))(q, k)
+        return _rounded(s) if q.shape[-1] == 1 else s  # XLA makes that a plain product
 
     def local(self, tile: QueryTile, j: Array) -> Local:
         """The parameters that the logits of key tile j depend on."""
@@ -85,10 +87,21 @@ class Scores(NamedTuple):
         """What the products s (heads, rows, block_kv) of key tile j become before the mask."""
         soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
         if soft_cap is not None:
-            s = soft_cap * jnp.tanh(s / soft_cap)
+            # A constant cap would divide by its reciprocal, and give other bits than a traced one.
+            s = _rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
         if slopes is not None and self.offset is not None:
             distance = jnp.abs(tile.t + tile.of_element(self.offset) - tile.s(j)).astype(s.dtype)
             s = s - tile.as_rows(slopes * distance)
         if bias is not None:
             s = s + tile.as_rows(bias)
         return s
+
+
+def _rounded(x: Array) -> Array:
+    """A product x, rounded before it meets a sum.
+
+    XLA may fuse ``a * b - m`` into one rounding, which is not 0 at the maximum. A select between
+    the two prevents that, and keeps NaN.
+    """
+    low = jnp.finfo(x.dtype).min
+    return jnp.where(x < low, low, x)

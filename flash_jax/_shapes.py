@@ -102,8 +102,17 @@ class Sizes(NamedTuple):
 
 
 def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
-    """Integers of shape ``axes`` or (B, *axes) as int32 whose first axis is B or 1."""
-    return _bind_rows(name, _of_kind(name, x, "integers", np.integer), axes, sizes).astype(np.int32)
+    """Integers of shape ``axes`` or (B, *axes), as an array whose first axis is B or 1.
+
+    Scalars are positions: they become int32, cut to where no sequence reaches, so that two of them
+    add up without overflow. Others are ids, and keep their dtype.
+    """
+    x = _bind_rows(name, _of_kind(name, x, "integers", np.integer), axes, sizes)
+    if axes:
+        return x
+    info = jnp.iinfo(x.dtype)
+    low, high = max(info.min, -_MAX_LENGTH), min(info.max, _MAX_LENGTH)
+    return jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype)).astype(np.int32)
 
 
 def bind_reals(name: str, x: Any, axes: str, sizes: Sizes) -> Array:

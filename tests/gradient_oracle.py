@@ -3,9 +3,9 @@
 With x = scale q.k, s = soft_cap(x) - slope |t - j| + bias, p = exp(s - lse), dropout's factors w,
 and cotangents dO of out = (w p) v and dlse of lse,
     dp = w (dO v^T)       delta = rowsum(p dp) - dlse      ds = p (dp - delta)
-    dv = (w p)^T dO       dx = ds (1 - tanh^2(x / c))      dq = scale dx k      dk = scale dx^T q
-    dscale = sum dx (q.k)       dc = sum ds (tanh(x / c) - (x / c) (1 - tanh^2(x / c)))
-    dbias = ds                  dslope = -sum ds |t - j|           dsink = -sum exp(sink - lse) delta
+    dv = (w p)^T dO       dx = ds (1 - tanh^2(x / c))      dq = scale dx k    dk = scale dx^T q
+    dscale = sum dx (q.k)     dc = sum ds (tanh(x / c) - (x / c) (1 - tanh^2(x / c)))
+    dbias = ds                dslope = -sum ds |t - j|         dsink = -sum exp(sink - lse) delta
 and what serves several heads, rows or batch elements has the sum over them.
 """
 
@@ -46,7 +46,9 @@ def attention_gradients(
         offset: the query offset, an int or (B,).
         dropout: factors on the probabilities, (B, N, T, S).
     """
-    q, k, v, d_o = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (query, key, value, d_out))
+    q, k, v, d_o = (
+        np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (query, key, value, d_out)
+    )
     groups = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, groups, 1), np.repeat(v, groups, 1)
     weighing = {"logits_soft_cap": logits_soft_cap, "alibi_slopes": alibi_slopes, "scale": scale}
@@ -60,47 +62,49 @@ def attention_gradients(
     products = np.einsum("bnth,bnsh->bnts", q, k)
     s = np.where(kept, scores(q, k, bias, offset, **weighing | {"scale": scale}), -np.inf)
     p = np.exp(s - seen)
-    dp = np.einsum("bnth,bnsh->bnts", d_o, v) * dropout
-    rows = np.where(np.isneginf(lse), 0, np.asarray(d_lse, np.float64))
-    delta = np.sum(p * dp, axis=-1) - rows
-    ds = p * (dp - delta[..., None])
-    dx, of_cap = ds, None
-    if logits_soft_cap is not None:
-        x = scale * products / float(logits_soft_cap)
-        slope = 1 - np.tanh(x) ** 2
-        dx, of_cap = ds * slope, ds * (np.tanh(x) - x * slope)
+    d_lse = np.where(np.isneginf(lse), 0, np.asarray(d_lse, np.float64))
+    t, j = positions(s.shape, offset)
 
-    def heads_last(x):
-        return np.swapaxes(x, 1, 2)
+    def closed_form(absolute):
+        """The gradients, or their sums of absolute terms."""
+        a, minus = (np.abs, 1) if absolute else (lambda x: x, -1)
+        dp = np.einsum("bnth,bnsh->bnts", a(d_o), a(v)) * dropout
+        delta = np.sum(p * dp, axis=-1) + minus * a(d_lse)
+        dx = ds = p * (dp + minus * delta[..., None])
+        found = {}
+        if logits_soft_cap is not None:
+            x = scale * products / float(logits_soft_cap)
+            slope = 1 - np.tanh(x) ** 2
+            dx, dc = ds * slope, ds * (a(np.tanh(x)) + minus * a(x) * slope)
+            found["logits_soft_cap"] = np.sum(dc)
+        found["query"] = heads_last(np.einsum("bnts,bnsh->bnth", a(scale * dx), a(k)))
+        found["key"] = grouped(np.einsum("bnts,bnth->bnsh", a(scale * dx), a(q)), groups)
+        found["value"] = grouped(np.einsum("bnts,bnth->bnsh", p * dropout, a(d_o)), groups)
+        found["scale"] = np.sum(dx * a(products))
+        if bias is not None:
+            found["bias"] = unbroadcast(ds, shape_of_bias)
+        if alibi_slopes is not None:
+            found["alibi_slopes"] = np.sum(minus * ds * abs(t - j), axis=(0, 2, 3))
+        if sinks is not None:
+            of_sink = np.exp(np.asarray(sinks, np.float64)[:, None] - lse)
+            found["sinks"] = np.sum(minus * of_sink * delta, axis=(0, 2))
+        return found
 
-    def grouped(x):
-        B, N, S, H = x.shape
-        return heads_last(x.reshape(B, N // groups, groups, S, H).sum(axis=2))
-
-    def contracted(spec, a, b, finish):
-        size = np.max(finish(np.einsum(spec, abs(a), abs(b))), initial=0.0)
-        return Gradient(finish(np.einsum(spec, a, b)), size)
-
-    def summed(x, shape):
-        return Gradient(unbroadcast(x, shape), np.max(unbroadcast(abs(x), shape), initial=0.0))
-
-    gradients = {
-        "query": contracted("bnts,bnsh->bnth", scale * dx, k, heads_last),
-        "key": contracted("bnts,bnth->bnsh", scale * dx, q, grouped),
-        "value": contracted("bnts,bnth->bnsh", p * dropout, d_o, grouped),
-        "scale": summed(dx * products, ()),
+    sizes = closed_form(True)
+    return {
+        name: Gradient(x, float(np.max(sizes[name], initial=0.0)))
+        for name, x in closed_form(False).items()
     }
-    if bias is not None:
-        gradients["bias"] = summed(ds, shape_of_bias)
-    if of_cap is not None:
-        gradients["logits_soft_cap"] = summed(of_cap, ())
-    if alibi_slopes is not None:
-        t, j = positions(s.shape, offset)
-        gradients["alibi_slopes"] = summed(-ds * abs(t - j), (s.shape[1], 1, 1))
-    if sinks is not None:
-        sinks = np.asarray(sinks, np.float64)[:, None]
-        gradients["sinks"] = summed(-np.exp(sinks - lse) * delta, (s.shape[1], 1))
-    return gradients
+
+
+def heads_last(x):
+    return np.swapaxes(x, 1, 2)
+
+
+def grouped(x, groups):
+    """(B, S, K, H): x (B, N, S, H) summed over the query heads of each key head."""
+    B, N, S, H = x.shape
+    return heads_last(x.reshape(B, N // groups, groups, S, H).sum(axis=2))
 
 
 def unbroadcast(x, shape):

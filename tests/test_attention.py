@@ -162,7 +162,7 @@ def test_every_option_agrees_with_the_oracle(options, rng):
 
 
 @named("none", "bias of -inf", "causal window", "segments", "everything")
-@pytest.mark.parametrize("blocks", [(8, 16), (1, 20), None])
+@pytest.mark.parametrize("blocks", [(8, 16), None])
 def test_tiles_of_any_size_agree_with_the_oracle(options, blocks, rng):
     inputs, options = random_inputs(rng), options(rng)
     exact, plain = (attention(*inputs, **options, dtype=dtype) for dtype in (None, np.float32))
@@ -190,16 +190,16 @@ def test_float64_is_computed_in_float64(options, rng):
         assert finite_error(x, right) < 1e-14 * max(1, np.max(right))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
-    ("T", "S", "N", "K"),
+    ("T", "S", "N", "K", "dtype"),
     [
-        (1, 1, 2, 2),
-        (1, 67, 4, 1),
-        (67, 1, 6, 3),
-        (61, 67, 4, 1),
-        (129, 257, 6, 3),
-        (257, 129, 1, 1),
+        (1, 1, 2, 2, np.float32),
+        (1, 67, 4, 1, np.float32),
+        (67, 1, 6, 3, np.float32),
+        (61, 67, 4, 1, jnp.bfloat16),
+        (129, 257, 6, 3, np.float32),
+        (129, 257, 6, 3, jnp.bfloat16),
+        (257, 129, 1, 1, np.float32),
     ],
 )
 def test_any_lengths_and_groups_agree_with_the_oracle(T, S, N, K, dtype, rng):
@@ -353,7 +353,7 @@ DRAWN = {
 }
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=40, database=None)
 @hypothesis.given(calls())
 def test_any_traced_options_together_agree_with_the_oracle(call):
     (B, T, S, N, K), static, names, seed = call
@@ -571,7 +571,7 @@ def test_dropout_with_everything_agrees_with_the_oracle_and_leaves_lse(blocks, d
     assert_within_bound(results, exact, plain, dtype)
 
 
-@pytest.mark.parametrize("rate", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("rate", [0.3, 0.9])
 def test_the_dropped_fraction_is_the_rate_and_differs_by_key_head_and_element(rate):
     sizes = {"B": 3, "N": 4, "T": 31, "S": 37}
     factors = dropout_factors(jax.random.key(0), rate, **sizes)
@@ -767,8 +767,7 @@ def test_finite_results_pass_where_jax_checks_for_infinities(rng):
 # --- Huge logits
 
 
-@pytest.mark.parametrize("blocks", [(2, 3), (5, 11)])
-@pytest.mark.parametrize("H", [1, 2])
+@pytest.mark.parametrize(("H", "blocks"), [(1, (5, 11)), (2, (5, 11)), (2, (2, 3))])
 @pytest.mark.parametrize(
     "options",
     [

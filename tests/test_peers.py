@@ -83,10 +83,6 @@ def test_dot_product_attention_agrees_with_jax_nn(options, rng):
         flash_jax.dot_product_attention(*x, **options, return_residual=True),
         jax.nn.dot_product_attention(*x, **options, return_residual=True),
     )
-    assert_agrees(
-        flash_jax.dot_product_attention(*x, **options),
-        jax.nn.dot_product_attention(*x, **options),
-    )
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}])
