@@ -97,7 +97,9 @@ def _query_tile(
     q = scores.scaled(tile, unscaled)
     m, l = (statistics(tile, x) for x in (results.m, results.l))
     d_o = q_tile(static, tile, d_out, acc)
-    delta = jnp.sum(d_o * q_tile(static, tile, results.out, acc), axis=-1) - statistics(tile, d_lse)
+    out = q_tile(static, tile, results.out, acc)
+    # In a row that may read no key the output is 0 whatever its gradient is.
+    delta = jnp.sum(jnp.where(out == 0, 0, d_o * out), axis=-1) - statistics(tile, d_lse)
     # Queries that the tile before has, too, count there.
     own = tile.as_rows(tile.t >= tile.i * tile.q.block, 1)
     d_o, delta = jnp.where(own, d_o, 0), jnp.where(own[..., 0], delta, 0)
@@ -110,12 +112,13 @@ def _query_tile(
         def absorb(j: Array, carry: tuple) -> tuple:
             dq, sums = carry
             k, v = (kv_tile(static, tile, x, j, acc) for x in (operands.k, operands.v))
-            local = scores.local(tile, j)
+            s, kept = scores.products(q, k), scores.keep(tile, j) if masked else None
+            if masked and scores.soft_cap is not None:
+                s = jnp.where(kept, s, 0)  # the slope of tanh at NaN, times 0, is NaN
             s, pull_back = jax.vjp(
-                lambda local, s: scores.logits(tile, j, local, s), local, scores.products(q, k)
+                lambda local, s: scores.logits(tile, j, local, s), scores.local(tile, j), s
             )
             if masked:
-                kept = scores.keep(tile, j)
                 s = jnp.where(kept, s, -jnp.inf)
             p = probabilities(s, m, l)
             dp = scores.products(clean(d_o), clean(v))

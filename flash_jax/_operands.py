@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 
 from ._block_sizes import heads_per_step
 from ._dropout import drop
@@ -117,7 +118,7 @@ def over_query_tiles(
         return step(QueryTile(q, kv, row, batch, group * heads, heads, groups, i), carry)
 
     steps = dims.rows * (dims.K // heads) * q.count
-    return lax.fori_loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
+    return _loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
 
 
 def over_key_tiles(
@@ -131,12 +132,22 @@ def over_key_tiles(
     scores = operands.scores
     carry = varying_as(operands, carry)
     if scores.always_full(tile.kv):
-        return lax.fori_loop(np.int32(0), np.int32(tile.kv.count), full, carry)
+        return _loop(np.int32(0), np.int32(tile.kv.count), full, carry)
     order, count, end = visits(scores.schedule_row(tile))
     if not scores.always_partial:
         at_full = lambda x, carry: full(order[x], carry)  # noqa: E731
-        carry = lax.fori_loop(np.int32(0), count, at_full, carry)
-    return lax.fori_loop(count, end, lambda x, carry: partial(order[x], carry), carry)
+        carry = _loop(np.int32(0), count, at_full, carry)
+    return _loop(count, end, lambda x, carry: partial(order[x], carry), carry)
+
+
+def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry: C) -> C:
+    """Folds step(i, carry) over start..end-1.
+
+    Never a ``scan``: reverse mode through it would store every step, where it must be refused.
+    """
+    return lax.while_loop(
+        lambda x: x[0] < end, lambda x: (x[0] + 1, step(*x)), (jnp.asarray(start), carry)
+    )[1]
 
 
 def q_tile(static: Static, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
