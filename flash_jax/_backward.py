@@ -112,7 +112,7 @@ def _query_tile(
         def absorb(j: Array, carry: tuple) -> tuple:
             dq, sums = carry
             k, v = (kv_tile(static, tile, x, j, acc) for x in (operands.k, operands.v))
-            s, kept = scores.products(q, k), scores.keep(tile, j) if masked else None
+            s, kept = scores.products(q, k), scores.keep(tile, j) if masked else True
             if masked and scores.soft_cap is not None:
                 s = jnp.where(kept, s, 0)  # the slope of tanh at NaN, times 0, is NaN
             s, pull_back = jax.vjp(

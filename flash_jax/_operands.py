@@ -103,12 +103,11 @@ def over_query_tiles(
     """Folds ``step`` over every tile of queries.
 
     Args:
-        copies: how many arrays of a tile's scores live at once in a step, masking aside.
+        copies: how many arrays of a tile's scores live at once in a step.
     """
     dims = Dimensions.of(operands, static)
     q, kv = Axis.of(dims.T, static.blocks.q), Axis.of(dims.S, static.blocks.kv)
     groups = dims.N // dims.K
-    copies += not operands.scores.always_full(kv)
     heads = heads_per_step(machine(), dims.K, groups * q.block, kv.block, copies)
 
     def at(count: Array, carry: C) -> C:
