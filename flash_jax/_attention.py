@@ -261,6 +261,7 @@ def _attention(
     dropout_key = None
     if dropout_rng is not None and options.dropout_rate:
         dropout_key = bind_key(dropout_rng)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     operands = Operands(query, key, value, scores, real("sinks", "N"), dropout_key)
     out, lse = attention(operands, Static(blocks, Layout.HEADS_LAST, B, options.dropout_rate))
     return (out, lse) if batched else (out[0], lse[0])

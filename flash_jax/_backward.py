@@ -65,21 +65,18 @@ def backward(
     """
     dims = Dimensions.of(operands, static)
     shapes = gradient_shapes(operands, rows)
-    sums = {name: jnp.zeros(_summed(static, name, x.shape), dims.acc) for name, x in shapes.items()}
+    sums = {name: jnp.zeros(_summed(name, x.shape), dims.acc) for name, x in shapes.items()}
     if not dims.empty:
         step = functools.partial(_query_tile, operands, results, d_out, d_lse, static)
         sums = over_query_tiles(operands, static, step, sums, copies=3)
     for name in {"k", "v"} & sums.keys():
-        sums[name] = jnp.transpose(sums[name], static.layout.axes(0, 1, 3, 2))
+        sums[name] = jnp.swapaxes(sums[name], 2, 3)
     return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
 
 
-def _summed(static: Static, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _summed(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape that a gradient is summed in: (B, K, H, S) for keys and values."""
-    if name not in ("k", "v"):
-        return shape
-    B, K, S, H = static.layout.axes(0, 1, 2, 3)
-    return shape[B], shape[K], shape[H], shape[S]
+    return (*shape[:2], *shape[:1:-1]) if name in ("k", "v") else shape
 
 
 def _query_tile(
@@ -111,7 +108,7 @@ def _query_tile(
 
         def absorb(j: Array, carry: tuple) -> tuple:
             dq, sums = carry
-            k, v = (kv_tile(static, tile, x, j, acc) for x in (operands.k, operands.v))
+            k, v = (kv_tile(tile, x, j, acc) for x in (operands.k, operands.v))
             s, kept = scores.products(q, k), scores.keep(tile, j) if masked else True
             if masked and scores.soft_cap is not None:
                 s = jnp.where(kept, s, 0)  # the slope of tanh at NaN, times 0, is NaN

@@ -16,7 +16,6 @@ from ._shapes import BlockSizes
 
 _MAX_SCORE_BYTES = 8 * 2**20
 _MAX_BLOCK_Q = 2048
-_MASKED_BLOCK_Q = 512
 
 
 def score_bytes(machine: Machine) -> int:
@@ -35,9 +34,9 @@ def fastest_blocks(
 ) -> BlockSizes:
     """Tiles for T queries over S keys.
 
-    Key tiles grow with the head size, since the work per score does. A masked call wants shorter
-    query tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out
-    equally long.
+    Key tiles grow with the head size, since the work per score does. A masked call wants smaller
+    tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
+    long.
 
     Args:
         groups: query heads per key/value head; their rows share a tile.
@@ -45,15 +44,15 @@ def fastest_blocks(
         reach: how many keys a query may read at the most, where that is known.
     """
     T, S = max(T, 1), max(S, 1)
-    block_kv = min(1024, max(256, _power_of_two(8 * head_dim)))
-    if reach is not None:
-        block_kv = min(block_kv, max(128, _power_of_two(reach)))
+    if not masked:
+        block_q, block_kv = _MAX_BLOCK_Q, min(1024, max(256, _power_of_two(8 * head_dim)))
+    elif reach is None:
+        block_q = block_kv = min(1024, max(512, _power_of_two(T // 4)))
+    else:
+        block_q = block_kv = min(512, max(128, _power_of_two(reach)))
     block_kv = _even(S, block_kv)
-    most = score_bytes(machine) // (4 * block_kv * groups)
-    if masked:
-        shortest = _MASKED_BLOCK_Q if reach is None else max(128, min(_MASKED_BLOCK_Q, reach))
-        most = min(most, max(shortest, _power_of_two(T // 8) if reach is None else 0))
-    return BlockSizes(_even(T, min(_MAX_BLOCK_Q, max(64, most))), block_kv)
+    most = max(64, score_bytes(machine) // (4 * block_kv * groups))
+    return BlockSizes(_even(T, min(block_q, most)), block_kv)
 
 
 def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copies: int) -> int:

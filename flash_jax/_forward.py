@@ -90,19 +90,19 @@ def _attend(operands: Operands, static: Static, tile: QueryTile, all_finite: Arr
         return jax.vmap(step)(state, s, v, kept)
 
     def logits(j: Array) -> Array:
-        s = scores.products(q, kv_tile(static, tile, k, j, acc))
+        s = scores.products(q, kv_tile(tile, k, j, acc))
         return scores.logits(tile, j, scores.local(tile, j), s)
 
     def full(j: Array, state: online.State) -> online.State:
-        return absorb(j, state, logits(j), kv_tile(static, tile, v, j, acc))
+        return absorb(j, state, logits(j), kv_tile(tile, v, j, acc))
 
     def partial(j: Array, state: online.State) -> online.State:
         s = jnp.where(scores.keep(tile, j), logits(j), -jnp.inf)
-        return absorb(j, state, s, finite(kv_tile(static, tile, v, j, acc)))
+        return absorb(j, state, s, finite(kv_tile(tile, v, j, acc)))
 
     def nonfinite(j: Array, o: Array) -> Array:
         """Adds the NaN and infinite values that are kept in a partial tile, and left out above."""
-        v_tile, kept = kv_tile(static, tile, v, j, acc), scores.keep(tile, j).astype(acc)
+        v_tile, kept = kv_tile(tile, v, j, acc), scores.keep(tile, j).astype(acc)
         kinds = [jnp.isnan(v_tile), jnp.isposinf(v_tile), jnp.isneginf(v_tile)]
         for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
             seen = jax.vmap(online.dot)(kept, kind.astype(acc))

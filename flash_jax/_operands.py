@@ -31,8 +31,8 @@ class Operands(NamedTuple):
     """What may be traced. An array's first axis is the batch, of size B or 1."""
 
     q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says
-    k: Array  # (B, K, S, H) or (B, S, K, H)
-    v: Array  # as k; its head size may differ
+    k: Array  # (B, K, S, H): read once per query tile, so heads come first
+    v: Array  # (B, K, S, Hv)
     scores: Scores
     sinks: Array | None = None  # (B, N): one more logit in the denominator
     dropout_key: Array | None = None  # (B, 2) uint32
@@ -67,7 +67,7 @@ class Static(NamedTuple):
     """What is known before any value is, and compiled in."""
 
     blocks: BlockSizes
-    layout: Layout
+    layout: Layout  # of queries and output
     batch: int  # B of one call: more rows than that are vmapped calls
     dropout_rate: float = 0.0
 
@@ -88,7 +88,7 @@ class Dimensions(NamedTuple):
     def of(cls, operands: Operands, static: Static) -> Dimensions:
         q, k, v, *_ = operands
         rows = [x.shape[0] for x in jax.tree.leaves(operands)]
-        (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), static.layout.sizes(k)
+        (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), k.shape
         acc = jnp.promote_types(q.dtype, jnp.float32)
         return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
 
@@ -157,10 +157,10 @@ def q_tile(static: Static, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
     return taken.reshape(tile.heads, tile.rows, x.shape[-1]).astype(dtype)
 
 
-def kv_tile(static: Static, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
+def kv_tile(tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
     """(heads, block_kv, H) of key tile j of x, laid out as keys."""
     start, row = tile.kv.start(j), tile.row_of(x)
-    taken = take_tile(static.layout, x, row, tile.head, tile.heads, start, tile.kv.block)
+    taken = take_tile(Layout.HEADS_FIRST, x, row, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
 
 

@@ -86,7 +86,7 @@ def _tangent_tile(
     m, l = (statistics(tile, x) for x in (results.m, results.l))
 
     def logits(operands: Operands, j: Array) -> Array:
-        q, k = q_tile(static, tile, operands.q, acc), kv_tile(static, tile, operands.k, j, acc)
+        q, k = q_tile(static, tile, operands.q, acc), kv_tile(tile, operands.k, j, acc)
         scores = operands.scores
         s = scores.products(scores.scaled(tile, q), k)
         return scores.logits(tile, j, scores.local(tile, j), s)
@@ -107,9 +107,9 @@ def _tangent_tile(
             weights = kept_weights(operands, static, tile, j)
             if weights is not None:
                 p, dp = p * weights, dp * weights
-            d_out += jax.vmap(dot)(dp, clean(kv_tile(static, tile, operands.v, j, acc)))
+            d_out += jax.vmap(dot)(dp, clean(kv_tile(tile, operands.v, j, acc)))
             if tangents.v is not None:
-                d_out += jax.vmap(dot)(p, clean(kv_tile(static, tile, tangents.v, j, acc)))
+                d_out += jax.vmap(dot)(p, clean(kv_tile(tile, tangents.v, j, acc)))
             return d_out, d_lse
 
         return absorb
