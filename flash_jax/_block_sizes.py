@@ -49,7 +49,8 @@ def fastest_blocks(
     elif reach is None:
         block_q = block_kv = min(1024, max(512, _power_of_two(T // 4)))
     else:
-        block_q = block_kv = min(512, max(128, _power_of_two(reach)))
+        block_kv = min(512, max(128, _power_of_two(reach)))
+        block_q = 2 * block_kv
     block_kv = _even(S, block_kv)
     most = max(64, score_bytes(machine) // (4 * block_kv * groups))
     return BlockSizes(_even(T, min(block_q, most)), block_kv)
