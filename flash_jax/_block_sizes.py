@@ -44,11 +44,11 @@ def fastest_blocks(
         reach: how many keys a query may read at the most, where that is known.
     """
     T, S = max(T, 1), max(S, 1)
-    if not masked:
-        block_q, block_kv = _MAX_BLOCK_Q, min(1024, max(256, _power_of_two(8 * head_dim)))
-    elif reach is None:
-        block_q = block_kv = min(1024, max(512, _power_of_two(T // 4)))
-    else:
+    block_q, block_kv = _MAX_BLOCK_Q, min(1024, max(256, _power_of_two(8 * head_dim)))
+    if masked:
+        block_q = min(block_q, max(512, _power_of_two(T // 8)))
+        block_kv = min(block_kv, block_q)
+    if reach is not None:
         block_kv = min(512, max(128, _power_of_two(reach)))
         block_q = 2 * block_kv
     block_kv = _even(S, block_kv)

@@ -88,7 +88,7 @@ def vector_width(xla_flags: str) -> str:
 
 VECTOR_HINT = (
     "XLA_FLAGS=--xla_cpu_prefer_vector_width=512 in the environment lets XLA use 512-bit vectors:\n"
-    "a few percent faster on processors with AVX-512."
+    "on processors with AVX-512 it may be a few percent faster, or no faster: measure."
 )
 
 
