@@ -1,40 +1,21 @@
-"""Attention of models: the options of a call become one mask and one rule for the scores."""
+"""Attention of models."""
 
 from __future__ import annotations
 
 import functools
-import math
-import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from ._block_sizes import fastest_blocks
 from ._dropout import bind_key
-from ._machine import machine
-from ._masks import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
+from ._masks import Mask
 from ._operands import Operands, Static
+from ._options import Options, bind_options, check_options
 from ._primitives import attention
-from ._scores import Scores
-from ._shapes import (
-    BlockSizes,
-    Sizes,
-    as_block_sizes,
-    as_floats,
-    bind_integers,
-    bind_reals,
-    bind_scores,
-    check_array,
-    check_bool,
-    check_dropout,
-    check_int32,
-    check_positive,
-    check_qkv,
-    check_window,
-)
+from ._shapes import as_floats, check_dropout, check_qkv
 from ._tiles import Layout
 
 
@@ -189,43 +170,13 @@ def flash_attention_with_lse(
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
-    if query_offset is None:
-        raise TypeError("query_offset must be an integer or an array of them; it is None")
-    for name, x in arrays.items():
-        check_array(name, x)
-        check_int32(name, x)
-    if not isinstance(mask, Mask):
-        check_array("mask", mask)
-    check_positive("logits_soft_cap", logits_soft_cap)
-    static = Options(
-        is_causal=check_bool("is_causal", is_causal),
-        window=check_window("local_window_size", local_window_size),
-        dropout_rate=check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng),
-        blocks=None if block_sizes is None else as_block_sizes(block_sizes),
-    )
-    return _attention(query, key, value, mask, arrays, dropout_rng, static)
+    rate = check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng)
+    options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
+    return attention_of_floats(query, key, value, mask, arrays, dropout_rng, options, rate)
 
 
-class Options(NamedTuple):
-    """The options that are compiled in."""
-
-    is_causal: bool
-    window: tuple[int | None, int | None] | None
-    dropout_rate: float
-    blocks: BlockSizes | None
-
-    @property
-    def reach(self) -> int | None:
-        """How many keys a query may read at the most; None: no bound is known."""
-        if self.window is None:
-            return None
-        left, right = self.window
-        right = 0 if self.is_causal else right
-        return None if left is None or right is None else left + right + 1
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def _attention(
+@functools.partial(jax.jit, static_argnames=("options", "dropout_rate"))
+def attention_of_floats(
     query: Array,
     key: Array,
     value: Array,
@@ -233,68 +184,18 @@ def _attention(
     arrays: dict[str, Any],
     dropout_rng: Array | None,
     options: Options,
+    dropout_rate: float,
 ) -> tuple[Array, Array]:
     check_qkv(query, key, value)
     batched = query.ndim == 4
     if not batched:
         query, key, value = query[None], key[None], value[None]
-    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
-    sizes, acc = Sizes(B, N, T, S, batched), jnp.promote_types(query.dtype, jnp.float32)
-
-    def real(name: str, axes: str) -> Array | None:
-        x = arrays[name]
-        return None if x is None else bind_reals(name, x, axes, sizes).astype(acc)
-
-    scale, bias = real("scale", ""), arrays["bias"]
-    scores = Scores(
-        scale=jnp.full((1,), 1 / math.sqrt(H), acc) if scale is None else scale,
-        mask=_one_mask(mask, arrays, options, sizes),
-        soft_cap=real("logits_soft_cap", ""),
-        alibi_slopes=real("alibi_slopes", "N"),
-        offset=bind_integers("query_offset", arrays["query_offset"], "", sizes),
-        bias=None if bias is None else bind_scores("bias", bias, "floats", jnp.floating, sizes),
-    )
-    blocks = options.blocks
-    if blocks is None:
-        masked = scores.mask is not None
-        blocks = fastest_blocks(machine(), T, S, H, max(1, N // max(K, 1)), masked, options.reach)
+    bound = bind_options(mask, arrays, options, query, key, batched)
     dropout_key = None
-    if dropout_rng is not None and options.dropout_rate:
+    if dropout_rng is not None and dropout_rate:
         dropout_key = bind_key(dropout_rng)
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    operands = Operands(query, key, value, scores, real("sinks", "N"), dropout_key)
-    out, lse = attention(operands, Static(blocks, Layout.HEADS_LAST, B, options.dropout_rate))
+    operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
+    static = Static(bound.blocks, Layout.HEADS_LAST, query.shape[0], query.dtype, dropout_rate)
+    out, lse = attention(operands, static)
     return (out, lse) if batched else (out[0], lse[0])
-
-
-def _one_mask(
-    mask: Mask | Array | None, arrays: dict[str, Any], options: Options, sizes: Sizes
-) -> Mask | None:
-    """The masking options as one bound mask."""
-
-    def integers(name: str, axes: str) -> Array | None:
-        x = arrays[name]
-        return None if x is None else bind_integers(name, x, axes, sizes)
-
-    masks: list[Mask] = []
-    offset = bind_integers("query_offset", arrays["query_offset"], "", sizes)
-    if options.is_causal:
-        masks.append(CausalMask(offset))
-    if options.window is not None:
-        masks.append(WindowMask(*options.window, offset))
-    lengths = [integers(name, "") for name in ("query_seq_lengths", "key_value_seq_lengths")]
-    if lengths != [None, None]:
-        masks.append(LengthMask(*lengths))
-    q_ids = integers("query_segment_ids", "T")
-    kv_ids = integers("key_value_segment_ids", "S")
-    if (q_ids is None) != (kv_ids is None):
-        given, missing = "query_segment_ids", "key_value_segment_ids"
-        given, missing = (given, missing) if kv_ids is None else (missing, given)
-        raise ValueError(f"{missing} must be given where {given} is")
-    if q_ids is not None and kv_ids is not None:
-        masks.append(segments(q_ids, kv_ids))
-    if isinstance(mask, Mask):
-        masks.append(mask.bind(sizes))
-    elif mask is not None:
-        masks.append(ArrayMask(mask).bind(sizes))
-    return functools.reduce(operator.and_, masks) if masks else None

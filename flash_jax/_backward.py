@@ -32,10 +32,11 @@ from ._operands import (
     over_key_tiles,
     over_query_tiles,
     q_tile,
+    query_rows,
 )
 from ._query_tile import QueryTile
 from ._scores import Local
-from ._tangent import probabilities, statistics
+from ._tangent import probabilities
 from ._tiles import put_tile, take_tile
 
 
@@ -92,11 +93,11 @@ def _query_tile(
     acc, scores = results.lse.dtype, operands.scores
     unscaled = q_tile(static, tile, operands.q, acc)
     q = scores.scaled(tile, unscaled)
-    m, l = (statistics(tile, x) for x in (results.m, results.l))
+    m, l = (query_rows(tile, x) for x in (results.m, results.l))
     d_o = q_tile(static, tile, d_out, acc)
     out = q_tile(static, tile, results.out, acc)
     # In a row that may read no key the output is 0 whatever its gradient is.
-    delta = jnp.sum(jnp.where(out == 0, 0, d_o * out), axis=-1) - statistics(tile, d_lse)
+    delta = jnp.sum(jnp.where(out == 0, 0, d_o * out), axis=-1) - query_rows(tile, d_lse)
     # Queries that the tile before has, too, count there.
     own = tile.as_rows(tile.t >= tile.i * tile.q.block, 1)
     d_o, delta = jnp.where(own, d_o, 0), jnp.where(own[..., 0], delta, 0)

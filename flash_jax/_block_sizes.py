@@ -16,6 +16,7 @@ from ._shapes import BlockSizes
 
 _MAX_SCORE_BYTES = 8 * 2**20
 _MAX_BLOCK_Q = 2048
+_MAX_BLOCK_KV = 1024
 
 
 def score_bytes(machine: Machine) -> int:
@@ -31,6 +32,7 @@ def fastest_blocks(
     groups: int,
     masked: bool,
     reach: int | None = None,
+    coarse: bool = False,
 ) -> BlockSizes:
     """Tiles for T queries over S keys.
 
@@ -42,15 +44,20 @@ def fastest_blocks(
         groups: query heads per key/value head; their rows share a tile.
         masked: whether tiles may be partial or skipped.
         reach: how many keys a query may read at the most, where that is known.
+        coarse: whether probabilities are rounded relative to the largest in their tile: the
+            shorter it is, the finer they are.
     """
     T, S = max(T, 1), max(S, 1)
-    block_q, block_kv = _MAX_BLOCK_Q, min(1024, max(256, _power_of_two(8 * head_dim)))
+    block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(256, _power_of_two(8 * head_dim)))
     if masked:
         block_q = min(block_q, max(512, _power_of_two(T // 8)))
         block_kv = min(block_kv, block_q)
     if reach is not None:
         block_kv = min(512, max(128, _power_of_two(reach)))
         block_q = 2 * block_kv
+    if coarse:
+        # Down to there it costs next to nothing. A masked tile should divide block_q.
+        block_kv = min(block_kv, 256 if masked else 192)
     block_kv = _even(S, block_kv)
     most = max(64, score_bytes(machine) // (4 * block_kv * groups))
     return BlockSizes(_even(T, min(block_q, most)), block_kv)

@@ -5,6 +5,7 @@ Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,17 +13,17 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from . import _online_softmax as online
+from ._int8 import int8_products
 from ._operands import (
     Dimensions,
     Operands,
     Static,
     finite,
     kept_weights,
-    kv_tile,
     over_key_tiles,
     over_query_tiles,
-    q_tile,
 )
+from ._products import float_products
 from ._query_tile import QueryTile
 from ._tiles import put_tile
 
@@ -41,7 +42,7 @@ def forward_shapes(operands: Operands, static: Static) -> Results:
     dims = Dimensions.of(operands, static)
     rows = jax.ShapeDtypeStruct((dims.rows, dims.N, dims.T), dims.acc)
     out = static.layout.axes(dims.rows, dims.N, dims.T, dims.Hv)
-    return Results(jax.ShapeDtypeStruct(tuple(out), operands.q.dtype), rows, rows, rows)  # pyright: ignore
+    return Results(jax.ShapeDtypeStruct(tuple(out), static.dtype), rows, rows, rows)  # pyright: ignore
 
 
 def forward(operands: Operands, static: Static) -> Results:
@@ -62,7 +63,7 @@ def forward(operands: Operands, static: Static) -> Results:
         out, lse = jax.vmap(online.finish)(state)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
         shape = (1, tile.heads * tile.groups, tile.q.block)
-        out = out.reshape(*shape[1:], dims.Hv).astype(operands.q.dtype)
+        out = out.reshape(*shape[1:], dims.Hv).astype(static.dtype)
         rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
         return Results(
             put_tile(static.layout, results.out, out, tile.row, n, t),
@@ -77,44 +78,46 @@ def forward(operands: Operands, static: Static) -> Results:
 
 def _attend(operands: Operands, static: Static, tile: QueryTile, all_finite: Array) -> online.State:
     """The state of one query tile's rows after all the keys they may read."""
-    q, k, v, scores, sinks, _ = operands
-    acc = jnp.promote_types(q.dtype, jnp.float32)
-    q = scores.scaled(tile, q_tile(static, tile, q, acc))
+    scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, static).acc
+    of_format = float_products if operands.quantization is None else int8_products
+    products = of_format(operands, static, tile)
 
-    def absorb(j: Array, state: online.State, s: Array, v: Array) -> online.State:
-        kept = kept_weights(operands, static, tile, j)
-        if kept is None:
-            return jax.vmap(online.absorb)(state, s, v)
-        weigh = lambda kept: lambda p, v: online.dot(p * kept, v)  # noqa: E731
-        step = lambda state, s, v, kept: online.absorb(state, s, v, weigh(kept))  # noqa: E731
-        return jax.vmap(step)(state, s, v, kept)
+    def at(masked: bool) -> Callable[[Array, online.State], online.State]:
+        def absorb(j: Array, state: online.State) -> online.State:
+            s, v = products.scores(j), products.values(j)
+            s = scores.logits(tile, j, scores.local(tile, j), s)
+            if masked:
+                s, v = jnp.where(scores.keep(tile, j), s, -jnp.inf), finite(v)
 
-    def logits(j: Array) -> Array:
-        s = scores.products(q, kv_tile(tile, k, j, acc))
-        return scores.logits(tile, j, scores.local(tile, j), s)
+            def of_head(
+                state: online.State, s: Array, v: Array, kept: Array | None
+            ) -> online.State:
+                def weigh(p: Array, v: Array) -> Array:
+                    return products.weigh(p if kept is None else p * kept, v)
 
-    def full(j: Array, state: online.State) -> online.State:
-        return absorb(j, state, logits(j), kv_tile(tile, v, j, acc))
+                return products.absorb(state, s, v, weigh)
 
-    def partial(j: Array, state: online.State) -> online.State:
-        s = jnp.where(scores.keep(tile, j), logits(j), -jnp.inf)
-        return absorb(j, state, s, finite(kv_tile(tile, v, j, acc)))
+            return jax.vmap(of_head)(state, s, v, kept_weights(operands, static, tile, j))
+
+        return absorb
 
     def nonfinite(j: Array, o: Array) -> Array:
         """Adds the NaN and infinite values that are kept in a partial tile, and left out above."""
-        v_tile, kept = kv_tile(tile, v, j, acc), scores.keep(tile, j).astype(acc)
+        v_tile, kept = products.values(j), scores.keep(tile, j).astype(acc)
         kinds = [jnp.isnan(v_tile), jnp.isposinf(v_tile), jnp.isneginf(v_tile)]
         for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
             seen = jax.vmap(online.dot)(kept, kind.astype(acc))
             o += jnp.where(seen > 0, jnp.array(value, acc), 0)
         return o
 
-    state = online.start(tile.rows, v.shape[-1], acc)
+    state = online.start(tile.rows, operands.v.shape[-1], acc)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
-    state = over_key_tiles(operands, tile, full, partial, state)
-    if not scores.always_full(tile.kv):
+    state = over_key_tiles(operands, tile, at(False), at(True), state)
+    # Quantized values are finite.
+    if operands.quantization is None and not scores.always_full(tile.kv):
         show = lambda o: over_key_tiles(operands, tile, lambda _, o: o, nonfinite, o)  # noqa: E731
         state = state._replace(o=lax.cond(all_finite, lambda o: o, show, state.o))
+    state = state._replace(o=products.finish(state.o))
     if sinks is not None:
         sink = tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0]
         state = jax.vmap(online.add_logit)(state, sink)

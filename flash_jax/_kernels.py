@@ -1,20 +1,34 @@
-"""The kernels: attention of one head and of many, heads first, with their tiles in a config."""
+"""The kernels: attention of one head and of many, heads first, with their tiles in a config.
+
+Each on floats, and on int8 with one scale per array.
+"""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._config import FlashAttentionConfig
+from ._int8_operands import unsigned, zero_products
 from ._masks import CausalMask
-from ._operands import Operands, Static
+from ._operands import Operands, Quantization, Static
 from ._primitives import attention
 from ._scores import Scores
-from ._shapes import Sizes, as_floats, check_kernel, check_rank
+from ._shapes import (
+    Sizes,
+    as_floats,
+    as_int8,
+    check_array,
+    check_kernel,
+    check_not_negative,
+    check_probability_dtype,
+    check_rank,
+)
 from ._tiles import Layout
 
 
@@ -89,6 +103,103 @@ def flash_mha(config: FlashAttentionConfig, q: ArrayLike, k: ArrayLike, v: Array
     return _attention(config, q, k, v)
 
 
+def flash_attention_forward_i8(
+    config: FlashAttentionConfig,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    q_scale: ArrayLike,
+    k_scale: ArrayLike,
+    v_scale: ArrayLike,
+    *,
+    probability_dtype: DTypeLike = np.uint8,
+) -> Array:
+    """``flash_attention_forward`` of one head in int8, with one scale per array.
+
+    Args:
+        config: tile sizes, head size, causal flag and scale.
+        q: (T, H) int8, which stands for ``q * q_scale``; H is ``config.head_dim``.
+        k: (S, H) int8.
+        v: (S, Hv) int8.
+        q_scale: >= 0 and finite, a number or a traced scalar. ``quantize`` finds it.
+        k_scale: alike.
+        v_scale: alike.
+        probability_dtype: as ``flash_attention_int8``.
+
+    Returns:
+        (T, Hv) float32. Products are summed in int32. A row that may read no key is zero. Its
+        derivatives in the scales are those of ``flash_attention_forward``.
+
+    Raises:
+        ValueError: shapes disagree with each other or with config, or a scale is out of range; the
+            message names the argument.
+        TypeError: config is no FlashAttentionConfig, or an argument is of the wrong kind.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> config = FlashAttentionConfig.for_head_dim(8, causal=True)
+        >>> x = jnp.full((5, 8), 64, jnp.int8)
+        >>> flash_attention_forward_i8(config, x, x, x, 0.1, 0.1, 0.125)[0, 0]
+        Array(8., dtype=float32)
+
+    References:
+        [1] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
+        [2] Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
+    """
+    _check_config(config)
+    q, k, v = as_int8(q=q, k=k, v=v)
+    check_rank("q", q, "(T, H)", 2)
+    check_kernel(config.head_dim, q, k, v)
+    scales = _check_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    dtype = check_probability_dtype("probability_dtype", probability_dtype)
+    return _attention_int8(config, dtype, q[None], k[None], v[None], *scales)[0]
+
+
+def flash_mha_i8(
+    config: FlashAttentionConfig,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    q_scale: ArrayLike,
+    k_scale: ArrayLike,
+    v_scale: ArrayLike,
+    *,
+    probability_dtype: DTypeLike = np.uint8,
+) -> Array:
+    """``flash_mha`` in int8, with one scale per array.
+
+    Args:
+        config: tile sizes, head size, causal flag and scale; the same for every head.
+        q: (N, T, H) int8, which stands for ``q * q_scale``; H is ``config.head_dim``.
+        k: (K, S, H) int8. Query head n reads key/value head ``n // (N // K)``.
+        v: (K, S, Hv) int8.
+        q_scale: as ``flash_attention_forward_i8``, and so on.
+        k_scale: as there.
+        v_scale: as there.
+        probability_dtype: as there.
+
+    Returns:
+        (N, T, Hv) float32, as ``flash_attention_forward_i8``.
+
+    Raises:
+        ValueError, TypeError: as ``flash_attention_forward_i8``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> config = FlashAttentionConfig.auto(8, seq_len_q=5, seq_len_kv=7)
+        >>> q, kv = jnp.ones((4, 5, 8), jnp.int8), jnp.ones((2, 7, 8), jnp.int8)
+        >>> flash_mha_i8(config, q, kv, kv, 0.1, 0.1, 0.1).shape
+        (4, 5, 8)
+    """
+    _check_config(config)
+    q, k, v = as_int8(q=q, k=k, v=v)
+    check_rank("q", q, "(N, T, H)", 3)
+    check_kernel(config.head_dim, q, k, v)
+    scales = _check_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    dtype = check_probability_dtype("probability_dtype", probability_dtype)
+    return _attention_int8(config, dtype, q, k, v, *scales)
+
+
 def _check_config(config: FlashAttentionConfig) -> None:
     if not isinstance(config, FlashAttentionConfig):
         raise TypeError(f"config must be a FlashAttentionConfig; it is {type(config).__name__}")
@@ -96,8 +207,70 @@ def _check_config(config: FlashAttentionConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
-    scale = jnp.full((1,), config.scale, jnp.promote_types(q.dtype, jnp.float32))
-    mask = CausalMask().bind(Sizes()) if config.causal else None
-    operands = Operands(q[None], k[None], v[None], Scores(scale, mask))
-    out, _ = attention(operands, Static(config.block_sizes, Layout.HEADS_FIRST, batch=1))
+    operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
+    out, _ = attention(operands, Static(config.block_sizes, Layout.HEADS_FIRST, 1, q.dtype))
     return out[0]
+
+
+def _scores(config: FlashAttentionConfig, dtype: DTypeLike) -> Scores:
+    scale = jnp.full((1,), config.scale, jnp.promote_types(dtype, jnp.float32))
+    return Scores(scale, CausalMask().bind(Sizes()) if config.causal else None)
+
+
+def _check_scales(**scales: ArrayLike) -> list[ArrayLike]:
+    for name, x in scales.items():
+        if x is None:
+            raise TypeError(f"{name} must be a number or a scalar array; it is None")
+        check_array(name, x)
+        check_not_negative(name, x)
+        check_rank(name, jnp.asarray(x), "a scalar", 0)
+    return list(scales.values())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention_int8(config: FlashAttentionConfig, probabilities: np.dtype, *arrays: Array) -> Array:
+    *integers, q_scale, k_scale, v_scale = arrays
+    scales = (x.astype(np.float32) for x in (q_scale, k_scale, v_scale))
+    return _in_integers(config, probabilities, *integers, *scales)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _in_integers(
+    config: FlashAttentionConfig,
+    probabilities: np.dtype,
+    q: Array,
+    k: Array,
+    v: Array,
+    q_scale: Array,
+    k_scale: Array,
+    v_scale: Array,
+) -> Array:
+    scores = _scores(config, np.float32)
+    quantization = Quantization(
+        q_scale=jnp.broadcast_to(q_scale * scores.scale, (1, *q.shape[:2])),
+        q_shift=None,
+        k_scale=jnp.broadcast_to(k_scale, (1, *k.shape[:2])),
+        k_zero=zero_products(k)[None],
+        v_scale=jnp.broadcast_to(v_scale, (1, k.shape[0], 1, 1)),
+    )
+    operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
+    static = Static(
+        config.block_sizes,
+        Layout.HEADS_FIRST,
+        1,
+        np.dtype(np.float32),
+        probabilities=probabilities,
+    )
+    return attention(operands, static)[0][0]
+
+
+@_in_integers.defjvp
+def _(
+    config: FlashAttentionConfig, probabilities: np.dtype, primals: tuple, tangents: tuple
+) -> tuple[Array, Array]:
+    def at_integers(q: Array, k: Array, v: Array, *scales: Array) -> Array:
+        floats = (x.astype(np.float32) * scale for x, scale in zip((q, k, v), scales, strict=True))
+        return _attention(config, *floats)
+
+    _, moving = jax.jvp(at_integers, primals, tangents)
+    return _in_integers(config, probabilities, *primals), moving

@@ -18,6 +18,9 @@ from jax.typing import DTypeLike
 
 from ._exp import exp
 
+Exp = Callable[[Array], Array]
+Weigh = Callable[[Array, Array], Array]
+
 
 class State(NamedTuple):
     m: Array  # (T,) running maximum of the logits, -inf while no key has been seen
@@ -39,7 +42,7 @@ def dot(a: Array, b: Array) -> Array:
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=a.dtype)
 
 
-def absorb(state: State, s: Array, v: Array, weigh: Callable[[Array, Array], Array] = dot) -> State:
+def absorb(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp) -> State:
     """Adds one block of keys.
 
     Args:
@@ -47,12 +50,23 @@ def absorb(state: State, s: Array, v: Array, weigh: Callable[[Array, Array], Arr
         s: (T, block_kv) logits, -inf where masked.
         v: (block_kv, H) values.
         weigh: the product of probabilities (T, block_kv) and v.
+        exp: the exponential function.
     """
     m = jnp.maximum(state.m, jnp.max(s, axis=-1))
     shift = _finite(m)
     p = exp(s - shift[:, None])
     alpha = exp(state.m - shift)  # carries the old sums over to the new maximum
     return State(m, alpha * state.l + jnp.sum(p, axis=-1), alpha[:, None] * state.o + weigh(p, v))
+
+
+def absorb_apart(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp) -> State:
+    """As ``absorb``, with the probabilities that are weighed relative to the block's own maximum.
+
+    That costs one more factor, and makes the most of probabilities of fixed point.
+    """
+    m = jnp.max(s, axis=-1)
+    p = exp(s - _finite(m)[:, None])
+    return merge(state, State(m, jnp.sum(p, axis=-1), weigh(p, v)))
 
 
 def merge(a: State, b: State) -> State:

@@ -27,15 +27,29 @@ from ._tiles import Layout, take_tile
 C = TypeVar("C")
 
 
+class Quantization(NamedTuple):
+    """What quantized queries, keys and values carry beside their integers.
+
+    Query t times key s is    q_scale[t] k_scale[s] (q[t] . k[s] - k_zero[s]) + q_shift[t]
+    """
+
+    q_scale: Array  # (B, N, T), the softmax scale included
+    q_shift: Array | None  # (B, N, T)
+    k_scale: Array  # (B, K, S)
+    k_zero: Array  # (B, K, S) int32, the product with the zero point of the queries
+    v_scale: Array  # (B, K, S, 1) or (B, K, 1, Hv or 1)
+
+
 class Operands(NamedTuple):
     """What may be traced. An array's first axis is the batch, of size B or 1."""
 
-    q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says
-    k: Array  # (B, K, S, H): read once per query tile, so heads come first
-    v: Array  # (B, K, S, Hv)
+    q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says; uint8 where quantized
+    k: Array  # (B, K, S, H): read once per query tile, so heads come first; int8 where quantized
+    v: Array  # (B, K, S, Hv), as k
     scores: Scores
     sinks: Array | None = None  # (B, N): one more logit in the denominator
     dropout_key: Array | None = None  # (B, 2) uint32
+    quantization: Quantization | None = None  # None: of floats
 
 
 class Differentiable(NamedTuple):
@@ -52,7 +66,7 @@ class Differentiable(NamedTuple):
 
     @classmethod
     def of(cls, operands: Operands) -> Differentiable:
-        q, k, v, scores, sinks, _ = operands
+        q, k, v, scores, sinks, *_ = operands
         return cls(q, k, v, scores.scale, scores.soft_cap, scores.alibi_slopes, scores.bias, sinks)
 
     def into(self, operands: Operands) -> Operands:
@@ -69,7 +83,9 @@ class Static(NamedTuple):
     blocks: BlockSizes
     layout: Layout  # of queries and output
     batch: int  # B of one call: more rows than that are vmapped calls
+    dtype: np.dtype  # of the output
     dropout_rate: float = 0.0
+    probabilities: np.dtype = np.dtype(np.float32)  # what they are multiplied as, of int8 operands
 
 
 class Dimensions(NamedTuple):
@@ -162,6 +178,19 @@ def kv_tile(tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
     start, row = tile.kv.start(j), tile.row_of(x)
     taken = take_tile(Layout.HEADS_FIRST, x, row, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
+
+
+def query_rows(tile: QueryTile, x: Array) -> Array:
+    """(heads, rows) of x (B, N, T)."""
+    n, t = tile.head * tile.groups, tile.q.start(tile.i)
+    size = (1, tile.heads * tile.groups, tile.q.block)
+    return lax.dynamic_slice(x, (tile.row_of(x), n, t), size).reshape(tile.heads, tile.rows)
+
+
+def key_columns(tile: QueryTile, x: Array, j: Array) -> Array:
+    """(heads, block_kv) of key tile j of x (B, K, S)."""
+    start = (tile.row_of(x), tile.head, tile.kv.start(j))
+    return lax.dynamic_slice(x, start, (1, tile.heads, tile.kv.block))[0]
 
 
 def kept_weights(operands: Operands, static: Static, tile: QueryTile, j: Array) -> Array | None:

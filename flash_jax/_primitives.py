@@ -147,6 +147,9 @@ gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
 def _attention_jvp(
     primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, static: Static
 ) -> tuple[list[Array], list[Any]]:
+    operands, _ = _join(tree, primals)
+    # Integers have no derivatives: their callers give those of the floats that they stand for.
+    assert operands.quantization is None
     results = attention_p.bind(*primals, tree=tree, static=static)
     _, _, m, l = results
     names = _names(tree)

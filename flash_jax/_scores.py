@@ -73,7 +73,7 @@ class Scores(NamedTuple):
     def products(self, q: Array, k: Array) -> Array:
         """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
         s = jax.vmap(lambda q, k: dot(q, k.T))(q, k)
-        return _rounded(s) if q.shape[-1] == 1 else s  # XLA makes that a plain product
+        return rounded(s) if q.shape[-1] == 1 else s  # XLA makes that a plain product
 
     def local(self, tile: QueryTile, j: Array) -> Local:
         """The parameters that the logits of key tile j depend on."""
@@ -88,7 +88,7 @@ class Scores(NamedTuple):
         soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
         if soft_cap is not None:
             # A constant cap would divide by its reciprocal, and give other bits than a traced one.
-            s = _rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
+            s = rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
         if slopes is not None and self.offset is not None:
             distance = jnp.abs(tile.t + tile.of_element(self.offset) - tile.s(j)).astype(s.dtype)
             s = s - tile.as_rows(slopes * distance)
@@ -97,7 +97,7 @@ class Scores(NamedTuple):
         return s
 
 
-def _rounded(x: Array) -> Array:
+def rounded(x: Array) -> Array:
     """A product x, rounded before it meets a sum.
 
     XLA may fuse ``a * b - m`` into one rounding, which is not 0 at the maximum. A select between

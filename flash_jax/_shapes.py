@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 _MAX_LENGTH = 2**30
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
+_PROBABILITIES = ("uint8", "bfloat16", "float32")
 
 
 def as_floats(**arrays: object) -> list[Array]:
@@ -31,6 +32,18 @@ def as_floats(**arrays: object) -> list[Array]:
         if x.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of {first}, {dtype}; it is {x.dtype}")
     return list(converted.values())
+
+
+def as_int8(**arrays: object) -> list[Array]:
+    """The arguments as arrays of int8."""
+    converted = []
+    for name, x in arrays.items():
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise TypeError(f"{name} must be an array; it is {type(x).__name__}")
+        converted.append(jnp.asarray(x))
+        if converted[-1].dtype != np.int8:
+            raise TypeError(f"{name} must be int8; its dtype is {converted[-1].dtype}")
+    return converted
 
 
 def check_rank(name: str, x: Array, axes: str, rank: int) -> None:
@@ -65,8 +78,11 @@ def check_kernel(head_dim: int, q: Array, k: Array, v: Array) -> None:
     check_groups("q", q.shape[0], "k", k.shape[0])
 
 
-def check_qkv(query: Array, key: Array, value: Array) -> None:
-    """Checks (B, T, N, H), (B, S, K, H), (B, S, K, Hv), or all three without B."""
+def check_qkv(query: Array, key: Any, value: Any) -> None:
+    """Checks (B, T, N, H), (B, S, K, H), (B, S, K, Hv), or all three without B.
+
+    key and value are arrays, or have a shape as these do.
+    """
     if query.ndim not in (3, 4):
         raise ValueError(f"query must be (B, T, N, H) or (T, N, H); its shape is {query.shape}")
     if query.shape[-1] == 0:
@@ -187,6 +203,12 @@ def check_positive(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be finite and > 0; it is {x}")
 
 
+def check_not_negative(name: str, x: Any) -> None:
+    """Checks that a number, where its value is known, is finite and >= 0."""
+    if not isinstance(x, Tracer) and not np.all(np.isfinite(x) & (np.asarray(x) >= 0)):
+        raise ValueError(f"{name} must be finite and >= 0; it is {x}")
+
+
 def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:
     """The rate as a float in [0, 1), with a key where one is needed."""
     if isinstance(rate, bool) or not isinstance(rate, float | int | np.floating):
@@ -206,6 +228,17 @@ def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:
         if not (raw or (typed and rng.ndim == 0)):
             raise TypeError(f"{rng_name} must be one PRNG key; it is {rng!r}")
     return float(rate)
+
+
+def check_probability_dtype(name: str, dtype: Any) -> np.dtype:
+    """dtype as one that probabilities can be rounded to, or an error that names it."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if dtype is None or found is None or found.name not in _PROBABILITIES:
+        raise ValueError(f"{name} must be one of {', '.join(_PROBABILITIES)}; it is {dtype!r}")
+    return found
 
 
 def check_window(name: str, window: Any) -> tuple[int | None, int | None] | None:

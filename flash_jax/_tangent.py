@@ -27,6 +27,7 @@ from ._operands import (
     over_key_tiles,
     over_query_tiles,
     q_tile,
+    query_rows,
 )
 from ._query_tile import QueryTile
 from ._tiles import put_tile
@@ -45,13 +46,6 @@ def probabilities(s: Array, m: Array, l: Array) -> Array:
     # Recomputed in another tile, s may exceed its maximum by a rounding, large where s is.
     x -= lax.stop_gradient(jnp.where(x > 0, x, 0))
     return exp(x) * (1 / l)[..., None]
-
-
-def statistics(tile: QueryTile, x: Array) -> Array:
-    """(heads, rows) of x (B, N, T)."""
-    n, t = tile.head * tile.groups, tile.q.start(tile.i)
-    size = (1, tile.heads * tile.groups, tile.q.block)
-    return lax.dynamic_slice(x, (tile.row_of(x), n, t), size).reshape(tile.heads, tile.rows)
 
 
 def tangent(
@@ -83,7 +77,7 @@ def _tangent_tile(
     """Tangents (heads, rows, Hv) of the output and (heads, rows) of lse."""
     acc, scores = results.lse.dtype, operands.scores
     out = q_tile(static, tile, results.out, acc)
-    m, l = (statistics(tile, x) for x in (results.m, results.l))
+    m, l = (query_rows(tile, x) for x in (results.m, results.l))
 
     def logits(operands: Operands, j: Array) -> Array:
         q, k = q_tile(static, tile, operands.q, acc), kv_tile(tile, operands.k, j, acc)

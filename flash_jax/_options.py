@@ -1,0 +1,146 @@
+"""Options of model-level attention: checked, then bound as one mask and one rule for the scores."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+from jax import Array
+from jax import numpy as jnp
+
+from ._block_sizes import fastest_blocks
+from ._machine import machine
+from ._masks import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
+from ._scores import Scores
+from ._shapes import (
+    BlockSizes,
+    Sizes,
+    as_block_sizes,
+    bind_integers,
+    bind_reals,
+    bind_scores,
+    check_array,
+    check_bool,
+    check_int32,
+    check_positive,
+    check_window,
+)
+
+
+class Options(NamedTuple):
+    """The options that are compiled in."""
+
+    is_causal: bool
+    window: tuple[int | None, int | None] | None
+    blocks: BlockSizes | None
+    coarse: bool = False  # as fastest_blocks has it
+
+    @property
+    def reach(self) -> int | None:
+        """How many keys a query may read at the most; None: no bound is known."""
+        if self.window is None:
+            return None
+        left, right = self.window
+        right = 0 if self.is_causal else right
+        return None if left is None or right is None else left + right + 1
+
+
+class Bound(NamedTuple):
+    """The options as the primitives take them."""
+
+    scores: Scores
+    sinks: Array | None  # (B or 1, N)
+    lengths: Array | None  # (B or 1,) int32, how many keys exist
+    blocks: BlockSizes
+
+
+def check_options(
+    arrays: dict[str, Any], mask: Any, is_causal: Any, local_window_size: Any, block_sizes: Any
+) -> Options:
+    """Checks what needs no shapes; arrays are the options that may be traced, by name."""
+    if arrays["query_offset"] is None:
+        raise TypeError("query_offset must be an integer or an array of them; it is None")
+    for name, x in arrays.items():
+        check_array(name, x)
+        check_int32(name, x)
+    if not isinstance(mask, Mask):
+        check_array("mask", mask)
+    check_positive("logits_soft_cap", arrays["logits_soft_cap"])
+    return Options(
+        is_causal=check_bool("is_causal", is_causal),
+        window=check_window("local_window_size", local_window_size),
+        blocks=None if block_sizes is None else as_block_sizes(block_sizes),
+    )
+
+
+def bind_options(
+    mask: Mask | Array | None,
+    arrays: dict[str, Any],
+    options: Options,
+    query: Any,
+    key: Any,
+    batched: bool,
+) -> Bound:
+    """Options that fit query (B, T, N, H) and key (B, S, K, H); batched: not without B."""
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    sizes, acc = Sizes(B, N, T, S, batched), jnp.promote_types(query.dtype, jnp.float32)
+
+    def real(name: str, axes: str) -> Array | None:
+        x = arrays[name]
+        return None if x is None else bind_reals(name, x, axes, sizes).astype(acc)
+
+    def integers(name: str, axes: str) -> Array | None:
+        x = arrays[name]
+        return None if x is None else bind_integers(name, x, axes, sizes)
+
+    scale, bias, lengths = real("scale", ""), arrays["bias"], integers("key_value_seq_lengths", "")
+    scores = Scores(
+        scale=jnp.full((1,), 1 / math.sqrt(H), acc) if scale is None else scale,
+        mask=_one_mask(mask, arrays, options, sizes),
+        soft_cap=real("logits_soft_cap", ""),
+        alibi_slopes=real("alibi_slopes", "N"),
+        offset=integers("query_offset", ""),
+        bias=None if bias is None else bind_scores("bias", bias, "floats", jnp.floating, sizes),
+    )
+    blocks = options.blocks
+    if blocks is None:
+        masked = scores.mask is not None
+        groups = max(1, N // max(K, 1))
+        limits = options.reach, options.coarse
+        blocks = fastest_blocks(machine(), T, S, H, groups, masked, *limits)
+    return Bound(scores, real("sinks", "N"), lengths, blocks)
+
+
+def _one_mask(
+    mask: Mask | Array | None, arrays: dict[str, Any], options: Options, sizes: Sizes
+) -> Mask | None:
+    """The masking options as one bound mask."""
+
+    def integers(name: str, axes: str) -> Array | None:
+        x = arrays[name]
+        return None if x is None else bind_integers(name, x, axes, sizes)
+
+    masks: list[Mask] = []
+    offset = bind_integers("query_offset", arrays["query_offset"], "", sizes)
+    if options.is_causal:
+        masks.append(CausalMask(offset))
+    if options.window is not None:
+        masks.append(WindowMask(*options.window, offset))
+    lengths = [integers(name, "") for name in ("query_seq_lengths", "key_value_seq_lengths")]
+    if lengths != [None, None]:
+        masks.append(LengthMask(*lengths))
+    q_ids = integers("query_segment_ids", "T")
+    kv_ids = integers("key_value_segment_ids", "S")
+    if (q_ids is None) != (kv_ids is None):
+        given, missing = "query_segment_ids", "key_value_segment_ids"
+        given, missing = (given, missing) if kv_ids is None else (missing, given)
+        raise ValueError(f"{missing} must be given where {given} is")
+    if q_ids is not None and kv_ids is not None:
+        masks.append(segments(q_ids, kv_ids))
+    if isinstance(mask, Mask):
+        masks.append(mask.bind(sizes))
+    elif mask is not None:
+        masks.append(ArrayMask(mask).bind(sizes))
+    return functools.reduce(operator.and_, masks) if masks else None
