@@ -251,7 +251,7 @@ def _in_integers(
     of_int8 = Static(blocks, layout, query.shape[0], dtype, probabilities=probabilities)
     out, lse = attention(operands, of_int8)
     if later is not None:
-        lse = lse + later
+        lse = jnp.where(jnp.isneginf(lse), lse, lse + later)  # of no key, whatever the query is
     return (out, lse) if batched else (out[0], lse[0])
 
 

@@ -102,7 +102,7 @@ def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
 def _weigh_uint8(p: Array, v: Array) -> Array:
     # The sum has the rounded integer in its lowest bits, at a fraction of a conversion's cost.
     bits = lax.bitcast_convert_type(p * _LEVELS + _INTEGER_TO_MANTISSA, np.int32)
-    return dot_u8_s8(bits.astype(np.uint8), v, axis=0).astype(np.float32) * (1 / _LEVELS)
+    return dot_u8_s8(bits.astype(np.uint8), v, axis=0).astype(np.float32) / _LEVELS
 
 
 def _weigh_bfloat16(p: Array, v: Array) -> Array:

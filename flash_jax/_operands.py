@@ -105,7 +105,7 @@ class Dimensions(NamedTuple):
         q, k, v, *_ = operands
         rows = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), k.shape
-        acc = jnp.promote_types(q.dtype, jnp.float32)
+        acc = jnp.promote_types(static.dtype, jnp.float32)
         return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
 
     @property
