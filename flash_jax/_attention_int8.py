@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array, lax
+from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from ._attention import attention_of_floats
