@@ -154,12 +154,15 @@ def demo(args: argparse.Namespace, screen: Screen) -> None:
         _demo.check_plot(args.plot)
     with screen.step("reading"):
         data = _demo.read_text(args.file, args.max_bytes)
-    result = _demo.measure(data, args.seed, args.block_size, screen.step)
-    name = Path(args.file).name
+    products = ("float32", "int8") if args.int8 else ("float32",)
+    results = _demo.measure(data, args.seed, args.block_size, screen.step, products)
+    name, result = Path(args.file).name, results[0]
     if args.plot is not None:
         with screen.step("plotting"):
             _demo.save_plot(result, args.plot, name)
-    screen.table(f"Next-byte prediction by attention alone: {name}", _demo.report(result))
+    header = ("", *products) if args.int8 else None
+    title = f"Next-byte prediction by attention alone: {name}"
+    screen.table(title, _demo.report(results), header)
     columns = min(_EXCERPT_COLUMNS, shutil.get_terminal_size().columns)
     screen.line()
     lines = _demo.last_lines(data, result.right, _EXCERPT_LINES, columns)
@@ -250,6 +253,9 @@ def _add_demo(commands: Any) -> None:
         type=integer(0),
         default=0,
         help="of the random codes (default: %(default)s)",
+    )
+    command.add_argument(
+        "--int8", action="store_true", help="also multiply in 8 bits, and compare the two"
     )
     command.add_argument(
         "--plot", metavar="OUT.png", help="save a figure of the accuracy by position"

@@ -12,6 +12,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from ._attention import attention_of_floats
+from ._int8 import summable
 from ._int8_operands import shift, to_floats, to_integers, to_operands
 from ._masks import Mask
 from ._operands import Operands, Static
@@ -241,7 +242,7 @@ def _in_integers(
     if not batched:
         query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
     bound = bind_options(mask, arrays, options, query, key, batched)
-    scores, blocks = bound.scores, bound.blocks
+    scores, blocks = bound.scores, summable("query", query.shape[-1], bound.blocks)
     integers = to_integers(query, key, value, bound.lengths)
     q, k, v, quantization = to_operands(integers, scores.scale)
     later = shift(query, integers, scores.scale)

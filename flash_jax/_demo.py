@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,11 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
+from ._attention_int8 import flash_attention_int8
+from ._block_sizes import fastest_blocks
 from ._config import FlashAttentionConfig
 from ._kernels import flash_attention_forward
+from ._machine import machine
 from ._shapes import BlockSizes
 
 HEAD_DIM = 128
@@ -73,6 +76,7 @@ class Operands(NamedTuple):
 class Result:
     """What a run gave and what it took."""
 
+    products: str  # what is multiplied: float32 or int8
     right: np.ndarray  # (n - 1,) bool: byte i + 1 was predicted
     common: int  # the most frequent byte of x_1 .. x_{n-1}
     baseline: float  # share of bytes that predicting it everywhere gets right
@@ -169,6 +173,24 @@ def configure(positions: int, block_sizes: BlockSizes | None = None) -> FlashAtt
     return FlashAttentionConfig.auto(HEAD_DIM, positions, positions, causal=True, softmax_scale=1.0)
 
 
+def attention_of(
+    products: str, positions: int, block_sizes: BlockSizes | None
+) -> tuple[Callable[[Array, Array, Array], Array], BlockSizes]:
+    """The attention of ``Operands``, and its tiles."""
+    if products == "float32":
+        config = configure(positions, block_sizes)
+        return functools.partial(flash_attention_forward, config), config.block_sizes
+    tiles = block_sizes or fastest_blocks(
+        machine(), positions, positions, HEAD_DIM, groups=1, masked=True, coarse=True
+    )
+
+    def attention(*operands: Array) -> Array:
+        q, k, v = (x[:, None] for x in operands)
+        return flash_attention_int8(q, k, v, scale=1.0, is_causal=True, block_sizes=tiles)[:, 0]
+
+    return attention, tiles
+
+
 def predict(data: np.ndarray, codes: Codes, block_sizes: BlockSizes | None = None) -> np.ndarray:
     """Predictions of bytes 1..n-1, uint8; each from the bytes before it only."""
     config = configure(len(data) - 1, block_sizes)
@@ -183,7 +205,13 @@ def difference_from_jax(operands: Operands, out: Array) -> float:
     return float(jnp.max(jnp.abs(expected[:, 0] - out)))
 
 
-def measure(data: np.ndarray, seed: int, block_sizes: BlockSizes | None, step: Step) -> Result:
+def measure(
+    data: np.ndarray,
+    seed: int,
+    block_sizes: BlockSizes | None,
+    step: Step,
+    products: Sequence[str] = ("float32",),
+) -> list[Result]:
     """``predict``, with every step announced, timed and compared.
 
     Args:
@@ -191,16 +219,27 @@ def measure(data: np.ndarray, seed: int, block_sizes: BlockSizes | None, step: S
         seed: of the random codes.
         block_sizes: positions per tile; None: the fastest known.
         step: entered with a step's name while that step runs.
+        products: what to multiply, "float32" or "int8"; a result for each.
     """
-    T = len(data) - 1
-    config = configure(T, block_sizes)
     with step("encoding"):
         codes = random_codes(seed)
         operands = encode(data, codes)
+    return [_measure(data, codes, operands, block_sizes, step, name) for name in products]
+
+
+def _measure(
+    data: np.ndarray,
+    codes: Codes,
+    operands: Operands,
+    block_sizes: BlockSizes | None,
+    step: Step,
+    products: str,
+) -> Result:
+    T = len(data) - 1
+    attention, tiles = attention_of(products, T, block_sizes)
     with step("compiling"):
         start = time.perf_counter()
-        attention = jax.jit(functools.partial(flash_attention_forward, config))
-        compiled = attention.lower(*operands).compile()
+        compiled = jax.jit(attention).lower(*operands).compile()
         compile_seconds = time.perf_counter() - start
     with step("attention"):
         start = time.perf_counter()
@@ -216,10 +255,11 @@ def measure(data: np.ndarray, seed: int, block_sizes: BlockSizes | None, step: S
     memory = compiled.memory_analysis()
     assert memory is not None  # it is on CPUs
     return Result(
+        products=products,
         right=right,
         common=int(counts.argmax()),
         baseline=float(counts.max() / T),
-        tiles=BlockSizes(*(min(T, block) for block in config.block_sizes)),
+        tiles=BlockSizes(*(min(T, block) for block in tiles)),
         compile_seconds=compile_seconds,
         run_seconds=run_seconds,
         temp_bytes=memory.temp_size_in_bytes,
@@ -228,27 +268,27 @@ def measure(data: np.ndarray, seed: int, block_sizes: BlockSizes | None, step: S
     )
 
 
-def report(result: Result) -> list[tuple[str, str]]:
-    """The rows of the table: what, how much."""
-    common = repr(chr(result.common)) if result.common < 128 else f"0x{result.common:02x}"
-    return [
-        ("bytes predicted right", f"{result.accuracy:.1%}"),
-        ("in the second half", f"{result.late_accuracy:.1%}"),
-        (f"baseline: always {common}", f"{result.baseline:.1%}"),
-        ("positions", f"{result.positions:,}"),
-        ("heads", "1"),
-        ("head size", f"{HEAD_DIM}"),
-        ("tiles (Q x KV)", f"{result.tiles.q} x {result.tiles.kv}"),
-        ("compile time", f"{result.compile_seconds:.2f} s"),
-        ("run time", f"{result.run_seconds:.2f} s"),
-        ("speed", f"{result.gflops:,.1f} GFLOP/s"),
-        ("temporary memory", format_bytes(result.temp_bytes)),
-        ("full score matrix", f"{format_bytes(result.score_bytes)}, never built"),
-        (
-            "difference from jax.nn",
-            f"{result.difference:.1e} at most, first {result.compared:,} positions",
-        ),
-    ]
+def report(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The rows of the table: what, and how much of each result."""
+    first = results[0]
+    common = repr(chr(first.common)) if first.common < 128 else f"0x{first.common:02x}"
+    rows: dict[str, Callable[[Result], str]] = {
+        "bytes predicted right": lambda x: f"{x.accuracy:.1%}",
+        "in the second half": lambda x: f"{x.late_accuracy:.1%}",
+        f"baseline: always {common}": lambda x: f"{x.baseline:.1%}",
+        "positions": lambda x: f"{x.positions:,}",
+        "heads": lambda x: "1",
+        "head size": lambda x: f"{HEAD_DIM}",
+        "tiles (Q x KV)": lambda x: f"{x.tiles.q} x {x.tiles.kv}",
+        "compile time": lambda x: f"{x.compile_seconds:.2f} s",
+        "run time": lambda x: f"{x.run_seconds:.2f} s",
+        "speed": lambda x: f"{x.gflops:,.1f} GFLOP/s",
+        "temporary memory": lambda x: format_bytes(x.temp_bytes),
+        "full score matrix": lambda x: f"{format_bytes(x.score_bytes)}, never built",
+        "difference from jax.nn": lambda x: f"{x.difference:.1e} at most",
+        "compared": lambda x: f"first {x.compared:,} positions",
+    }
+    return [(name, *map(cell, results)) for name, cell in rows.items()]
 
 
 def format_bytes(count: int) -> str:

@@ -4,9 +4,10 @@ With queries q = a (q8 - 128) and keys k = b k8 + mean,
 
     q . k = a b (q8 . k8 - 128 sum k8) + q . mean
 
-Queries are unsigned because that is the product of bytes that x86 has an instruction for (VNNI: four
-of unsigned by signed, summed into int32); the integers in brackets are exact. Every query and every
-key has a scale of its own, which costs nothing here: scales enter where integers become floats.
+Queries are unsigned because that is the product of bytes that x86 has an instruction for (VNNI:
+four of unsigned by signed, summed into int32); the integers in brackets are exact. Every query and
+every key has a scale of its own, which costs nothing here: scales enter where integers become
+floats.
 
 Probabilities are unsigned, too: round(255 p), with p = exp(s - m_t) relative to the row's largest
 score m_t in tile t. Each is off by at most 1/510, and none by more than itself, so with tiles of n
@@ -14,11 +15,11 @@ keys, l_t the sum of p in tile t and w_t = exp(m_t - m), the output is off by at
 
     max |v| sum_t w_t min(n / 510, l_t - 1) / sum_t w_t l_t
 
-A key of probability 1 with many just below 1/510 around it comes near that. But rounding errors fall
-on both sides: were they independent of the values, Hoeffding's inequality bounds the chance that an
-output is off by more than 2/255 max |v| by 2 exp(-8 (sum_t w_t l_t)^2 / sum_t w_t^2 n), which is
-below 1e-30 in a row of 1,024 normal scores. In bfloat16 each p is within p / 512, so the output is
-within max |v| / 512 of that with exact probabilities, whatever they are.
+A key of probability 1 with many just below 1/510 around it comes near that. But rounding errors
+fall on both sides: were they independent of the values, Hoeffding's inequality bounds the chance
+that an output is off by more than 2/255 max |v| by 2 exp(-8 (sum_t w_t l_t)^2 / sum_t w_t^2 n),
+which is below 1e-30 in a row of 1,024 normal scores. In bfloat16 each p is within p / 512, so the
+output is within max |v| / 512 of that with exact probabilities, whatever they are.
 
 Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
 Hoeffding, Probability inequalities, 1963, theorem 2, https://doi.org/10.1080/01621459.1963.10500830
@@ -38,8 +39,10 @@ from ._operands import Operands, Static, key_columns, kv_tile, q_tile, query_row
 from ._products import Products
 from ._query_tile import QueryTile
 from ._scores import rounded
+from ._shapes import BlockSizes
 
 ZERO_POINT = 128  # of the queries
+MOST_SUMMED = 2**16  # products of bytes that an int32 holds the sum of
 _LEVELS = np.float32(255)  # of the probabilities
 _INTEGER_TO_MANTISSA = np.float32(2**23)
 
@@ -82,6 +85,13 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
         "float32": (online.dot, online.absorb),
     }[static.probabilities.name]
     return Products(scores, values, weigh, finish, absorb)
+
+
+def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:
+    """blocks with tiles of keys cut to what an int32 holds the sum of; checks the head size."""
+    if head_dim > MOST_SUMMED:
+        raise ValueError(f"{name} must have a head size of at most {MOST_SUMMED}; it is {head_dim}")
+    return BlockSizes(blocks.q, min(blocks.kv, MOST_SUMMED))
 
 
 def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from ._config import FlashAttentionConfig
+from ._int8 import summable
 from ._int8_operands import unsigned, zero_products
 from ._masks import CausalMask
 from ._operands import Operands, Quantization, Static
@@ -254,13 +255,9 @@ def _in_integers(
         v_scale=jnp.broadcast_to(v_scale, (1, k.shape[0], 1, 1)),
     )
     operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
-    static = Static(
-        config.block_sizes,
-        Layout.HEADS_FIRST,
-        1,
-        np.dtype(np.float32),
-        probabilities=probabilities,
-    )
+    blocks = summable("q", q.shape[-1], config.block_sizes)
+    dtype = np.dtype(np.float32)
+    static = Static(blocks, Layout.HEADS_FIRST, 1, dtype, probabilities=probabilities)
     return attention(operands, static)[0][0]
 
 

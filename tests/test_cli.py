@@ -128,7 +128,7 @@ def test_texts_shorter_than_the_context_are_predicted(n):
 def test_block_sizes_and_seed_reach_the_computation(text_file):
     data = _demo.read_text(text_file, 500)
     blocks = BlockSizes(96, 1000)
-    first, again, seeded = (
+    (first,), (again,), (seeded,) = (
         _demo.measure(data, seed, blocks, lambda _: nullcontext()) for seed in (0, 0, 1)
     )
     assert first.tiles == BlockSizes(96, 499)  # cut to the positions
@@ -143,7 +143,7 @@ def test_measure_beats_the_baseline_and_agrees_with_jax_nn():
         steps.append(name)
         return nullcontext()
 
-    result = _demo.measure(as_bytes(TEXT), 0, None, step)
+    (result,) = _demo.measure(as_bytes(TEXT), 0, None, step)
     assert steps == ["encoding", "compiling", "attention", "decoding", "comparing"]
     assert result.positions == 3000
     assert result.accuracy > 0.9
@@ -155,6 +155,15 @@ def test_measure_beats_the_baseline_and_agrees_with_jax_nn():
     assert result.score_bytes == 4 * 3000**2
     assert 0 < result.temp_bytes < result.score_bytes
     assert result.gflops == pytest.approx(2 * 3000**2 * 128 / result.run_seconds / 1e9)
+
+
+def test_int8_predicts_as_well():
+    floats, int8 = _demo.measure(
+        as_bytes(TEXT), 0, None, lambda _: nullcontext(), ("float32", "int8")
+    )
+    assert (floats.products, int8.products) == ("float32", "int8")
+    assert floats.difference < 1e-4 < int8.difference < 0.1
+    assert np.mean(floats.right == int8.right) > 0.99
 
 
 # --- The excerpt
@@ -196,6 +205,15 @@ def test_demo_prints_accuracy_cost_and_text(text_file, capsys):
     assert "..." not in out
     assert "\x1b" not in out
     assert err == ""
+
+
+def test_int8_is_shown_beside_the_floats(text_file, capsys):
+    assert main(["demo", text_file, "--max-bytes", "301", "--int8"]) == 0
+    out = capsys.readouterr().out
+    header, right = (line.split() for line in out.splitlines()[2:4])
+    assert header == ["float32", "int8"]
+    assert right[:3] == ["bytes", "predicted", "right"]
+    assert len(right) == 5
 
 
 def test_max_bytes_cuts_and_one_block_size_serves_both_axes(text_file, capsys):

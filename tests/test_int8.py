@@ -151,6 +151,17 @@ def test_huge_logits_pick_the_largest(size, probability_dtype):
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
+def test_tiles_and_heads_are_no_longer_than_int32_sums(rng):
+    S = 2**16 + 2**14
+    q, k = np.full((1, 1), 127, np.int8), np.full((S, 1), 127, np.int8)
+    v = np.full((S, 2), 127, np.int8)
+    out = flash_attention_forward_i8(FlashAttentionConfig(1, S, 1), q, k, v, 1.0, 1.0, 1.0)
+    np.testing.assert_allclose(out, [[127, 127]], rtol=1e-6)
+    x = np.ones((1, 2**16 + 1), np.int8)
+    with pytest.raises(ValueError, match="q must have a head size of at most 65536"):
+        flash_attention_forward_i8(FlashAttentionConfig(1, 1, 2**16 + 1), x, x, x, 1.0, 1.0, 1.0)
+
+
 # --- The integers in the compiled program
 
 

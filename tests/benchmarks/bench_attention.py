@@ -6,9 +6,10 @@
     python tests/benchmarks/bench_attention.py --long           1 head x 131072 x 64, causal
     python tests/benchmarks/bench_attention.py --compile        compile time of 32 heads by length
 
-PyTorch joins where it is installed (extra ``bench``). ``matmul`` is XLA's own float32 product of
-two 2048 x 2048 matrices. Ratios are the median over rounds of (other / flash_jax) within one
-round: above 1 flash_jax is faster, and machine noise hits both sides of a round alike.
+``int8`` is flash_attention_int8, float in and float out. PyTorch, ONNX Runtime and OpenVINO join
+where they are installed (extra ``bench``). ``matmul`` is XLA's own float32 product of two matrices
+of 2048 x 2048. Ratios are the median over rounds of (other / flash_jax), and (other / int8), within
+one round: above 1 flash_jax is faster, and machine noise hits both sides of a round alike.
 """
 
 import argparse
@@ -20,15 +21,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import peers
 from cases import CASES, RATIOS, Case
 from jax import numpy as jnp
 
 import flash_jax
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 CHECKED_ROWS = 64
 MATMUL = 2048
@@ -70,40 +67,40 @@ def flash_subject(case: Case, q, k, v) -> Subject:
     return subject._replace(output=lambda: np.swapaxes(np.asarray(subject.output()), 0, 1)[None])
 
 
-def torch_subject(case: Case, q, k, v) -> Subject | None:
-    if torch is None or set(case.options) - {"local_window_size"}:
+def int8_subject(case: Case, q, k, v) -> Subject | None:
+    if case.gradient or case.kernel:
         return None
-    tensors = [
-        torch.tensor(np.asarray(x, np.float32)).transpose(1, 2).contiguous() for x in (q, k, v)
-    ]
-    tensors = [x.to(getattr(torch, q.dtype.name)).requires_grad_(case.gradient) for x in tensors]
-    keep, is_causal = None, case.is_causal
-    if "local_window_size" in case.options:
-        left, _ = case.options["local_window_size"]
-        keep, is_causal = torch.ones(case.T, case.T, dtype=torch.bool).tril().triu(-left), False
+    options = case.options | {"is_causal": case.is_causal}
+    int8 = lambda *x: flash_jax.flash_attention_int8(*x, **options)  # noqa: E731
+    return jax_subject(case, int8, q, k, v)
 
-    def forward():
-        return torch.nn.functional.scaled_dot_product_attention(
-            *tensors, attn_mask=keep, is_causal=is_causal, enable_gqa=case.N != case.K
-        )
 
-    def run():
-        out = forward()
-        if case.gradient:
-            torch.autograd.grad(out.sum(), tensors)
+def native_subject(case: Case, q, k, v) -> Subject | None:
+    if "query_segment_ids" in case.options:
+        return None
+    options = case.options | {"is_causal": case.is_causal}
+    native = lambda *x: jax.nn.dot_product_attention(*x, **options)  # noqa: E731
+    return jax_subject(case, native, q, k, v)
 
-    output = lambda: forward().detach().transpose(1, 2).float().numpy()  # noqa: E731
-    return Subject(run, output, 0.0, None)
+
+def peer_subject(run: peers.Run | None) -> Subject | None:
+    return run and Subject(run, lambda: np.swapaxes(run(), 1, 2), 0.0, None)
 
 
 def subjects_of(case: Case, q, k, v) -> dict[str, Subject]:
-    subjects = {"flash_jax": flash_subject(case, q, k, v)}
-    if "query_segment_ids" not in case.options:
-        options = case.options | {"is_causal": case.is_causal}
-        native = lambda *x: jax.nn.dot_product_attention(*x, **options)  # noqa: E731
-        subjects["jax.nn"] = jax_subject(case, native, q, k, v)
-    torch_one = torch_subject(case, q, k, v)
-    return subjects if torch_one is None else subjects | {"torch": torch_one}
+    """What runs the case, ``flash_jax`` first; peers in q's dtype, and faster ones beside int8."""
+    dtype, arrays = q.dtype.name, [np.asarray(x, np.float32) for x in (q, k, v)]
+    openvino = peers.openvino_attention
+    subjects = {
+        "flash_jax": flash_subject(case, q, k, v),
+        "int8": int8_subject(case, q, k, v),
+        "jax.nn": native_subject(case, q, k, v),
+        "torch": peer_subject(peers.torch_attention(case, *arrays, dtype)),
+        "onnxruntime": peer_subject(peers.onnxruntime_attention(case, *arrays)),
+        "openvino": peer_subject(openvino(case, *arrays, "f32")),
+        "openvino bf16": peer_subject(openvino(case, *arrays, "bf16")),
+    }
+    return {name: subject for name, subject in subjects.items() if subject is not None}
 
 
 def inputs(case: Case, dtype, rng):
@@ -157,19 +154,22 @@ def bench(case: Case, dtype, rounds: int, rng) -> None:
     shape = f"B={case.B} T=S={case.T} N={case.N} K={case.K} H={case.H}"
     print(f"\n{case.name}: {case.why}; {shape}, matmul {np.median(peak) / 1e9:.0f} GFLOP/s")
     print(
-        f"{'':10} compile s | ms: median [quartiles] | GFLOP/s | of matmul | ratio | temp MiB | "
-        "max error"
+        f"{'':13} compile s | ms: median [quartiles] | GFLOP/s | of matmul | / flash_jax | "
+        "/ int8 | temp MiB | max error"
     )
     for name, subject in subjects.items():
         low, median, high = np.percentile(seconds[name], [25, 50, 75]) * 1e3
         error = np.max(np.abs(subject.output()[:, rows].astype(np.float64) - exact))
-        rate = case.flops / seconds[name]
-        memory = subject.temporary_bytes
+        rate, memory = case.flops / seconds[name], subject.temporary_bytes
+        against = [
+            f"{np.median(seconds[name] / seconds[ours]):.2f}" if ours in seconds else "-"
+            for ours in ("flash_jax", "int8")
+        ]
         print(
-            f"{name:10} {subject.compile_seconds:9.2f} | {median:8.2f} [{low:.2f}, {high:.2f}] | "
-            f"{np.median(rate) / 1e9:7.0f} | {np.median(rate / peak):9.2f} | "
-            f"{np.median(seconds[name] / seconds['flash_jax']):5.2f} | "
-            f"{'-' if memory is None else f'{memory / 2**20:.1f}':>8} | {error:.1e}"
+            f"{name:13} {subject.compile_seconds:9.2f} | {median:8.2f} [{low:.2f}, {high:.2f}] | "
+            f"{np.median(rate) / 1e9:7.0f} | {np.median(rate / peak):9.2f} | {against[0]:>11} | "
+            f"{against[1]:>6} | {'-' if memory is None else f'{memory / 2**20:.1f}':>8} | "
+            f"{error:.1e}"
         )
 
 
@@ -221,7 +221,8 @@ def main() -> None:
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
-    versions = [f"{m.__name__} {m.__version__}" for m in (flash_jax, jax, np, torch) if m]
+    modules = (flash_jax, jax, np, peers.torch, peers.onnxruntime, peers.openvino)
+    versions = [f"{m.__name__} {m.__version__}" for m in modules if m]
     print(f"{platform.machine()}, {os.cpu_count()} cores; {', '.join(versions)}")
     print(
         f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}; {arguments.dtype}; {arguments.rounds} rounds"
