@@ -158,7 +158,7 @@ def flash_attention_int8_with_lse(
         (1, 2, 4)
     """
     query, key, value = _as_inputs(query, key, value)
-    options = {
+    arrays = {
         "bias": bias,
         "scale": scale,
         "query_seq_lengths": query_seq_lengths,
@@ -170,10 +170,10 @@ def flash_attention_int8_with_lse(
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
-    checked = check_options(options, mask, is_causal, local_window_size, block_sizes)
+    options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
     probabilities = check_probability_dtype("probability_dtype", probability_dtype)
-    static = checked._replace(coarse=probabilities == np.uint8), probabilities
-    return _attention(query, key, value, mask, options, static)
+    options = options._replace(probabilities=probabilities)
+    return _attention(query, key, value, mask, arrays, options)
 
 
 def _as_inputs(
@@ -194,22 +194,19 @@ def _as_inputs(
     return first, both["key"], both["value"]
 
 
-Static8 = tuple[Options, np.dtype]  # and what probabilities are rounded to
-
-
-@functools.partial(jax.jit, static_argnames="static")
+@functools.partial(jax.jit, static_argnames="options")
 def _attention(
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
     mask: Mask | Array | None,
     arrays: dict[str, Any],
-    static: Static8,
+    options: Options,
 ) -> tuple[Array, Array]:
     check_qkv(query, key, value)
     _check_scales("key", key)
-    _check_scales("value", value, probabilities=static[1])
-    return _in_integers(static, query, key, value, mask, arrays)
+    _check_scales("value", value, probabilities=options.probabilities)
+    return _in_integers(options, query, key, value, mask, arrays)
 
 
 def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> None:
@@ -230,14 +227,13 @@ def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> N
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _in_integers(
-    static: Static8,
+    options: Options,
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
     mask: Mask | Array | None,
     arrays: dict[str, Any],
 ) -> tuple[Array, Array]:
-    options, probabilities = static
     batched, dtype = query.ndim == 4, query.dtype
     if not batched:
         query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
@@ -249,16 +245,15 @@ def _in_integers(
     if scores.soft_cap is not None or bound.sinks is not None:
         quantization, later = quantization._replace(q_shift=later), None
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
-    layout = Layout.HEADS_LAST
-    of_int8 = Static(blocks, layout, query.shape[0], dtype, probabilities=probabilities)
-    out, lse = attention(operands, of_int8)
+    static = Static(blocks, Layout.HEADS_LAST, query.shape[0], dtype)
+    out, lse = attention(operands, static._replace(probabilities=options.probabilities))
     if later is not None:
         lse = jnp.where(jnp.isneginf(lse), lse, lse + later)  # of no key, whatever the query is
     return (out, lse) if batched else (out[0], lse[0])
 
 
 def _at_integers(
-    static: Static8,
+    options: Options,
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
@@ -266,7 +261,6 @@ def _at_integers(
     arrays: dict[str, Any],
 ) -> tuple[Array, Array]:
     """Attention of the floats that the integers stand for, with derivatives straight through."""
-    options, _ = static
     batched, dtype = query.ndim == 4, query.dtype
     if not batched:
         query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
@@ -280,12 +274,12 @@ def _at_integers(
         return x if batched else x[0]
 
     q, k, v = map(through, (query, key, value), exact)
-    options = options._replace(blocks=None, coarse=False)
+    options = options._replace(blocks=None, probabilities=None)
     out, lse = attention_of_floats(q, k, v, mask, arrays, None, options, 0.0)
     return out.astype(dtype), lse
 
 
 @_in_integers.defjvp
-def _(static: Static8, primals: tuple, tangents: tuple) -> tuple:
-    _, moving = jax.jvp(functools.partial(_at_integers, static), primals, tangents)
-    return _in_integers(static, *primals), moving
+def _(options: Options, primals: tuple, tangents: tuple) -> tuple:
+    _, moving = jax.jvp(functools.partial(_at_integers, options), primals, tangents)
+    return _in_integers(options, *primals), moving

@@ -83,14 +83,16 @@ class FlashAttentionConfig:
         *,
         causal: bool = False,
         softmax_scale: float | None = None,
+        int8: bool = False,
     ) -> FlashAttentionConfig:
         """The tiles that are fastest on this machine for T = seq_len_q and S = seq_len_kv.
 
-        They follow from the number of cores and the size of their L2 caches. Where that can't be
-        read, it is taken to be 1 MiB. ``python -m flash_jax info`` shows what was found.
+        With ``int8`` those of the int8 kernels, whose uint8 probabilities shorter tiles of keys
+        make finer. They follow from the number of cores and the size of their L2 caches. Where that
+        can't be read, it is taken to be 1 MiB. ``python -m flash_jax info`` shows what was found.
         """
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)
         S = positive_integer("seq_len_kv", seq_len_kv)
-        blocks = fastest_blocks(machine(), T, S, head_dim, groups=1, masked=causal)
+        blocks = fastest_blocks(machine(), T, S, head_dim, groups=1, masked=causal, coarse=int8)
         return cls(*blocks, head_dim, causal, softmax_scale)

@@ -30,10 +30,8 @@ from jax import Array
 from jax import numpy as jnp
 
 from ._attention_int8 import flash_attention_int8
-from ._block_sizes import fastest_blocks
 from ._config import FlashAttentionConfig
 from ._kernels import flash_attention_forward
-from ._machine import machine
 from ._shapes import BlockSizes
 
 HEAD_DIM = 128
@@ -166,29 +164,25 @@ def decode(out: np.ndarray, codes: Codes) -> np.ndarray:
     return np.concatenate([np.argmax(chunk, axis=1) for chunk in chunks]).astype(np.uint8)
 
 
-def configure(positions: int, block_sizes: BlockSizes | None = None) -> FlashAttentionConfig:
+def configure(
+    positions: int, block_sizes: BlockSizes | None = None, products: str = "float32"
+) -> FlashAttentionConfig:
     """Causal attention over the positions, with these tiles or the fastest known."""
     if block_sizes is not None:
         return FlashAttentionConfig(*block_sizes, HEAD_DIM, causal=True, softmax_scale=1.0)
-    return FlashAttentionConfig.auto(HEAD_DIM, positions, positions, causal=True, softmax_scale=1.0)
-
-
-def attention_of(
-    products: str, positions: int, block_sizes: BlockSizes | None
-) -> tuple[Callable[[Array, Array, Array], Array], BlockSizes]:
-    """The attention of ``Operands``, and its tiles."""
-    if products == "float32":
-        config = configure(positions, block_sizes)
-        return functools.partial(flash_attention_forward, config), config.block_sizes
-    tiles = block_sizes or fastest_blocks(
-        machine(), positions, positions, HEAD_DIM, groups=1, masked=True, coarse=True
+    return FlashAttentionConfig.auto(
+        HEAD_DIM, positions, positions, causal=True, softmax_scale=1.0, int8=products == "int8"
     )
 
-    def attention(*operands: Array) -> Array:
-        q, k, v = (x[:, None] for x in operands)
-        return flash_attention_int8(q, k, v, scale=1.0, is_causal=True, block_sizes=tiles)[:, 0]
 
-    return attention, tiles
+def attend_int8(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
+    """``flash_attention_forward`` of floats, quantized inside."""
+    q, k, v = (x[:, None] for x in (q, k, v))
+    blocks, scale = config.block_sizes, config.scale
+    return flash_attention_int8(q, k, v, scale=scale, is_causal=True, block_sizes=blocks)[:, 0]
+
+
+ATTENTION = {"float32": flash_attention_forward, "int8": attend_int8}
 
 
 def predict(data: np.ndarray, codes: Codes, block_sizes: BlockSizes | None = None) -> np.ndarray:
@@ -236,9 +230,10 @@ def _measure(
     products: str,
 ) -> Result:
     T = len(data) - 1
-    attention, tiles = attention_of(products, T, block_sizes)
+    config = configure(T, block_sizes, products)
     with step("compiling"):
         start = time.perf_counter()
+        attention = functools.partial(ATTENTION[products], config)
         compiled = jax.jit(attention).lower(*operands).compile()
         compile_seconds = time.perf_counter() - start
     with step("attention"):
@@ -259,7 +254,7 @@ def _measure(
         right=right,
         common=int(counts.argmax()),
         baseline=float(counts.max() / T),
-        tiles=BlockSizes(*(min(T, block) for block in tiles)),
+        tiles=BlockSizes(*(min(T, block) for block in config.block_sizes)),
         compile_seconds=compile_seconds,
         run_seconds=run_seconds,
         temp_bytes=memory.temp_size_in_bytes,

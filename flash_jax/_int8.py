@@ -49,7 +49,9 @@ _INTEGER_TO_MANTISSA = np.float32(2**23)
 
 def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
     """The products of quantized operands, with probabilities as ``static.probabilities``."""
+    probabilities = static.probabilities
     assert operands.quantization is not None
+    assert probabilities is not None
     q_scale, q_shift, k_scale, k_zero, v_scale = operands.quantization
     q = q_tile(static, tile, operands.q, np.dtype(np.uint8))
     q_scale = query_rows(tile, q_scale)[..., None]
@@ -67,11 +69,11 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
 
     def values(j: Array) -> Array:
         v = kv_tile(tile, operands.v, j, np.dtype(np.int8))
-        if static.probabilities == np.uint8:
+        if probabilities == np.uint8:
             return v
         if not per_channel:
             v = v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j)[..., None]
-        return v.astype(static.probabilities)
+        return v.astype(probabilities)
 
     def finish(o: Array) -> Array:
         if not per_channel:
@@ -83,7 +85,7 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
         "uint8": (_weigh_uint8, functools.partial(online.absorb_apart, exp=coarse)),
         "bfloat16": (_weigh_bfloat16, functools.partial(online.absorb, exp=coarse)),
         "float32": (online.dot, online.absorb),
-    }[static.probabilities.name]
+    }[probabilities.name]
     return Products(scores, values, weigh, finish, absorb)
 
 

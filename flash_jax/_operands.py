@@ -85,7 +85,7 @@ class Static(NamedTuple):
     batch: int  # B of one call: more rows than that are vmapped calls
     dtype: np.dtype  # of the output
     dropout_rate: float = 0.0
-    probabilities: np.dtype = np.dtype(np.float32)  # what they are multiplied as, of int8 operands
+    probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
 
 
 class Dimensions(NamedTuple):

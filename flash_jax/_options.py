@@ -7,6 +7,7 @@ import math
 import operator
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
@@ -35,7 +36,7 @@ class Options(NamedTuple):
     is_causal: bool
     window: tuple[int | None, int | None] | None
     blocks: BlockSizes | None
-    coarse: bool = False  # as fastest_blocks has it
+    probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
 
     @property
     def reach(self) -> int | None:
@@ -108,8 +109,8 @@ def bind_options(
     if blocks is None:
         masked = scores.mask is not None
         groups = max(1, N // max(K, 1))
-        limits = options.reach, options.coarse
-        blocks = fastest_blocks(machine(), T, S, H, groups, masked, *limits)
+        coarse = options.probabilities == np.uint8
+        blocks = fastest_blocks(machine(), T, S, H, groups, masked, options.reach, coarse)
     return Bound(scores, real("sinks", "N"), lengths, blocks)
 
 

@@ -37,6 +37,13 @@ def test_auto_uses_this_machines_rule():
     assert config.block_sizes == fastest_blocks(machine(), 4096, 2048, 64, 1, True)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_auto_cuts_keys_shorter_for_the_int8_kernels(causal):
+    config = FlashAttentionConfig.auto(128, 4096, 4096, causal=causal, int8=True)
+    assert config.block_size_kv == (256 if causal else 192)
+    assert config.block_size_kv < FlashAttentionConfig.auto(128, 4096, 4096).block_size_kv
+
+
 def cache_files(folder, entries):
     for i, (level, kind, size) in enumerate(entries):
         index = folder / f"index{i}"
