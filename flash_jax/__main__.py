@@ -183,6 +183,41 @@ def info(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("Tiles (Q x KV) of FlashAttentionConfig.auto", _info.tiles(), _info.tile_header())
 
 
+def bench(args: argparse.Namespace, screen: Screen) -> None:
+    """Measures cases beside the peers that are installed."""
+    from ._bench import report
+    from ._bench.cases import CASES, LENGTHS, of_length
+    from ._bench.measure import compare
+
+    if args.list:
+        screen.table("Cases", [(x.name, x.shape, x.why) for x in CASES.values()])
+        return
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown:
+        raise _demo.InputError(f"CASE must be one of {', '.join(CASES)}; it is {unknown[0]!r}")
+    if args.plot is not None:
+        _demo.check_plot(args.plot)
+    if args.json is not None:
+        _demo.check_writable("--json", args.json)
+    screen.table("Measured on", list(report.environment().items()))
+    chosen = [CASES[name] for name in args.cases or CASES]
+    curve = [of_length(T) for T in LENGTHS] if args.plot is not None else []
+    comparisons = []
+    for i, case in enumerate([*chosen, *curve], 1):
+        with screen.step(f"{case.name} ({i} of {len(chosen) + len(curve)})"):
+            comparisons.append(compare(case, args.rounds))
+        if i <= len(chosen):
+            screen.line()
+            screen.table(report.title(case), report.rows(comparisons[-1]), report.HEADER)
+    comparisons, curve = comparisons[: len(chosen)], comparisons[len(chosen) :]
+    if args.json is not None:
+        Path(args.json).write_text(report.as_json(comparisons), encoding="utf-8")
+        screen.line(f"every round: {args.json}")
+    if args.plot is not None:
+        report.save_plot(comparisons, curve, args.plot)
+        screen.line(f"figure: {args.plot}")
+
+
 def integer(least: int, most: int | None = None) -> typing.Callable[[str], int]:
     """A converter of arguments that accepts least..most."""
     range_ = f">= {least}" if most is None else f"in {least}..{most}"
@@ -217,6 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_info(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -270,6 +306,29 @@ def _add_info(commands: Any) -> None:
         description="Shows versions, the processor and the tiles chosen for it.",
     )
     command.set_defaults(run=info)
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure speed beside jax.nn, PyTorch, ONNX Runtime and OpenVINO",
+        description="Measures cases in alternating rounds beside jax.nn and, where they are "
+        "installed (pip install 'flash-jax[bench]'), PyTorch, ONNX Runtime and OpenVINO. "
+        "Columns: median time and quartiles; the median ratio to flash_jax within a round; "
+        "GFLOP/s of kept pairs, or GB/s of keys and values where reading them is the bound; that "
+        "rate's share of XLA's matrix product or of reading as many bytes; temporary memory; "
+        "compile time; largest error against float64.",
+    )
+    command.add_argument("cases", metavar="CASE", nargs="*", help="see --list (default: all)")
+    command.add_argument("--list", action="store_true", help="show the cases")
+    command.add_argument(
+        "--rounds", metavar="N", type=integer(1), default=7, help="default: %(default)s"
+    )
+    command.add_argument("--json", metavar="OUT.json", help="save every round")
+    command.add_argument(
+        "--plot", metavar="OUT.png", help="save a figure, with a curve over the length"
+    )
+    command.set_defaults(run=bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -359,9 +359,18 @@ def check_plot(path: str) -> None:
     except ImportError as error:
         message = "--plot needs matplotlib, which is missing: pip install 'flash-jax[plot]'"
         raise InputError(message) from error
-    file = Path(path)
-    if file.suffix.lower() not in _PLOT_KINDS:
+    if Path(path).suffix.lower() not in _PLOT_KINDS:
         raise InputError(f"--plot must end in one of {', '.join(_PLOT_KINDS)}; it is {path!r}")
+    check_writable("--plot", path)
+
+
+def check_writable(option: str, path: str) -> None:
+    """Checks that an option's file can be written, without a trace of the trial.
+
+    Raises:
+        InputError: it can't.
+    """
+    file = Path(path)
     try:
         existed = file.exists()
         with file.open("ab"):
@@ -370,7 +379,7 @@ def check_plot(path: str) -> None:
             file.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--plot must be a writable file; {path!r}: {reason}") from error
+        raise InputError(f"{option} must be a writable file; {path!r}: {reason}") from error
 
 
 def save_plot(result: Result, path: str, name: str) -> None:
