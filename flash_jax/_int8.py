@@ -36,7 +36,7 @@ from jax import numpy as jnp
 from . import _online_softmax as online
 from ._exp import exp
 from ._operands import Operands, Static, key_columns, kv_tile, q_tile, query_rows
-from ._products import Products
+from ._products import Products, weigh_bfloat16
 from ._query_tile import QueryTile
 from ._scores import rounded
 from ._shapes import BlockSizes
@@ -83,7 +83,7 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
     coarse = functools.partial(exp, degree=4)  # far finer than 8 bits
     weigh, absorb = {
         "uint8": (_weigh_uint8, functools.partial(online.absorb_apart, exp=coarse)),
-        "bfloat16": (_weigh_bfloat16, functools.partial(online.absorb, exp=coarse)),
+        "bfloat16": (weigh_bfloat16, functools.partial(online.absorb, exp=coarse)),
         "float32": (online.dot, online.absorb),
     }[probabilities.name]
     return Products(scores, values, weigh, finish, absorb)
@@ -115,11 +115,3 @@ def _weigh_uint8(p: Array, v: Array) -> Array:
     # The sum has the rounded integer in its lowest bits, at a fraction of a conversion's cost.
     bits = lax.bitcast_convert_type(p * _LEVELS + _INTEGER_TO_MANTISSA, np.int32)
     return dot_u8_s8(bits.astype(np.uint8), v, axis=0).astype(np.float32) / _LEVELS
-
-
-def _weigh_bfloat16(p: Array, v: Array) -> Array:
-    # Rounded to nearest by integers, at a fraction of a conversion's cost.
-    bits = lax.bitcast_convert_type(p, np.uint32) + np.uint32(0x8000)
-    p = lax.bitcast_convert_type((bits >> np.uint32(16)).astype(np.uint16), jnp.bfloat16)
-    dims = (((1,), (0,)), ((), ()))
-    return lax.dot_general(p, v, dims, preferred_element_type=np.float32)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+_CPUINFO = Path("/proc/cpuinfo")
 _LINUX_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -21,6 +23,7 @@ class Machine(NamedTuple):
     l2: int
     l3: int
     measured: bool  # False: the cache sizes are the documented defaults
+    bfloat16: bool = False  # whether it has instructions that multiply bfloat16
 
 
 # A small x86 or Arm core of today.
@@ -35,9 +38,9 @@ def machine() -> Machine:
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
     caches = _darwin_caches() if platform.system() == "Darwin" else _linux_caches(_LINUX_CACHES)
-    if caches.get(1) and caches.get(2):
-        return Machine(cores, caches[1], caches[2], caches.get(3, 0), measured=True)
-    return Machine(cores, *DEFAULT_CACHES, measured=False)
+    measured = bool(caches.get(1) and caches.get(2))
+    sizes = (caches[1], caches[2], caches.get(3, 0)) if measured else DEFAULT_CACHES
+    return Machine(cores, *sizes, measured, _multiplies_bfloat16(_CPUINFO))
 
 
 def _linux_caches(folder: Path) -> dict[int, int]:
@@ -52,6 +55,15 @@ def _linux_caches(folder: Path) -> dict[int, int]:
     except (OSError, ValueError):
         return {}
     return sizes
+
+
+def _multiplies_bfloat16(cpuinfo: Path) -> bool:
+    """Whether Linux lists such instructions of x86, the ones that XLA is known to use."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return False
+    return bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()))
 
 
 def _darwin_caches() -> dict[int, int]:

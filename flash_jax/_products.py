@@ -1,16 +1,24 @@
-"""The two products of a tile, of floats: scores q k^T, and values weighed by probabilities."""
+"""The two products of a tile, of floats: scores q k^T, and values weighed by probabilities.
+
+In float32, or float64 of float64. Where the processor multiplies bfloat16, bfloat16 inputs stay
+what they are: their products are exact in float32, and probabilities are rounded to them, as in the
+plain formula.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jax import Array
+import numpy as np
+from jax import Array, lax, vmap
 from jax import numpy as jnp
 
 from . import _online_softmax as online
+from ._machine import machine
 from ._operands import Operands, Static, kv_tile, q_tile
 from ._query_tile import QueryTile
+from ._scores import rounded
 
 
 class Products(NamedTuple):
@@ -24,7 +32,9 @@ class Products(NamedTuple):
 
 
 def float_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
-    """The products in float32, or float64 of float64."""
+    """The products of floats."""
+    if operands.q.dtype == jnp.bfloat16 and machine().bfloat16:
+        return _bfloat16_products(operands, static, tile)
     acc = jnp.promote_types(operands.q.dtype, jnp.float32)
     q = operands.scores.scaled(tile, q_tile(static, tile, operands.q, acc))
     return Products(
@@ -34,3 +44,34 @@ def float_products(operands: Operands, static: Static, tile: QueryTile) -> Produ
         finish=lambda o: o,
         absorb=online.absorb,
     )
+
+
+def _bfloat16_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
+    dtype = jnp.dtype(jnp.bfloat16)
+    q, scale = q_tile(static, tile, operands.q, dtype), tile.of_element(operands.scores.scale)
+
+    def scores(j: Array) -> Array:
+        k = kv_tile(tile, operands.k, j, dtype)
+        # Scaled afterwards: a scaled query would have to be rounded.
+        return rounded(vmap(dot_bfloat16)(q, k) * scale)
+
+    return Products(
+        scores=scores,
+        values=lambda j: kv_tile(tile, operands.v, j, dtype),
+        weigh=weigh_bfloat16,
+        finish=lambda o: o,
+        absorb=online.absorb,
+    )
+
+
+def dot_bfloat16(a: Array, b: Array, axis: int = 1) -> Array:
+    """bfloat16 a (M, K) times bfloat16 b, (N, K) or with K as the other ``axis``, in float32."""
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=np.float32)
+
+
+def weigh_bfloat16(p: Array, v: Array) -> Array:
+    """Probabilities p (M, K), rounded to bfloat16, times bfloat16 v (K, N) in float32."""
+    # Rounded to nearest by integers, at a fraction of a conversion's cost.
+    bits = lax.bitcast_convert_type(p, np.uint32) + np.uint32(0x8000)
+    p = lax.bitcast_convert_type((bits >> np.uint32(16)).astype(np.uint16), jnp.bfloat16)
+    return dot_bfloat16(p, v, axis=0)
