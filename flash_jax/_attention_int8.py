@@ -20,6 +20,7 @@ from ._options import Options, bind_options, check_options
 from ._primitives import attention
 from ._quantization import QuantizedArray, check_quantized, dequantize
 from ._shapes import as_floats, check_probability_dtype, check_qkv
+from ._straight_through import straight_through
 from ._tiles import Layout
 
 
@@ -47,7 +48,9 @@ def flash_attention_int8(
     """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
 
     Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1];
-    values per channel. Keys and values may come quantized, as a cache holds them.
+    values per channel. Keys and values that no query may read touch neither scales nor mean; one
+    that some query reads does, also for the others, finite as it is: if it is far larger than the
+    rest, it costs them precision. Keys and values may come quantized, as a cache holds them.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16 or float16.
@@ -60,8 +63,7 @@ def flash_attention_int8(
         scale: as there.
         is_causal: as there.
         query_seq_lengths: as there.
-        key_value_seq_lengths: as there. Later keys and values touch no scale and no mean; those
-            that other masks hide do, and so move the result by a rounding.
+        key_value_seq_lengths: as there.
         local_window_size: as there.
         query_offset: as there.
         query_segment_ids: as there.
@@ -70,13 +72,14 @@ def flash_attention_int8(
         sinks: as there.
         alibi_slopes: as there.
         probability_dtype: what probabilities are rounded to before they meet the values: uint8,
-            relative to the row's largest in each tile, is fastest; bfloat16 is within 1/512 of
+            relative to the row's largest in each tile, is fastest; bfloat16 is within 2/255 of
             max |v| for every input; float32 is exact. (``flash_jax._int8`` derives the bounds.)
         block_sizes: as there. Longer tiles of keys make uint8 probabilities coarser.
 
     Returns:
         (B, T, N, Hv), dtype of query. A row that may read no key is zero. A query, or a visible key
-        or value, with a NaN or an infinity gives NaN in all channels of the rows that read it.
+        or value, with a NaN or an infinity gives NaN in all channels, and lse, of the rows that
+        read it.
 
         Gradients are straight-through: those of ``flash_attention`` at the numbers that the
         integers stand for, in linear memory; quantized keys and values have them in their scales.
@@ -206,14 +209,15 @@ def _attention(
     check_qkv(query, key, value)
     _check_scales("key", key)
     _check_scales("value", value, probabilities=options.probabilities)
-    return _in_integers(options, query, key, value, mask, arrays)
+    inputs = query, key, value, mask, arrays
+    return straight_through((options,), _in_integers, _at_integers, *inputs)
 
 
 def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> None:
     """Checks that quantized keys or values vary their scales along one axis that can be used."""
     if not isinstance(x, QuantizedArray):
         return
-    along_S, along_H = x.scales.shape[-3] != 1, x.scales.shape[-1] != 1
+    along_S, along_H = x.scales.shape[-3] > 1, x.scales.shape[-1] > 1
     if along_S and along_H:
         raise ValueError(
             f"{name}.scales must be constant along S or along H; their shape is {x.scales.shape}"
@@ -225,7 +229,6 @@ def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> N
         )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _in_integers(
     options: Options,
     query: Array,
@@ -239,7 +242,7 @@ def _in_integers(
         query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
     bound = bind_options(mask, arrays, options, query, key, batched)
     scores, blocks = bound.scores, summable("query", query.shape[-1], bound.blocks)
-    integers = to_integers(query, key, value, bound.lengths)
+    integers = to_integers(query, key, value, scores.read_keys(query.shape[1], key.shape[1]))
     q, k, v, quantization = to_operands(integers, scores.scale)
     later = shift(query, integers, scores.scale)
     if scores.soft_cap is not None or bound.sinks is not None:
@@ -264,9 +267,10 @@ def _at_integers(
     batched, dtype = query.ndim == 4, query.dtype
     if not batched:
         query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
-    lengths = bind_options(mask, arrays, options, query, key, batched).lengths
+    scores = bind_options(mask, arrays, options, query, key, batched).scores
+    read = scores.read_keys(query.shape[1], key.shape[1])
     still = lax.stop_gradient((query, key, value))
-    exact = to_floats(to_integers(still[0], still[1], still[2], lengths))
+    exact = to_floats(to_integers(still[0], still[1], still[2], read))
 
     def through(x: Array | QuantizedArray, exact: Array) -> Array:
         x = dequantize(x) if isinstance(x, QuantizedArray) else x.astype(np.float32)
@@ -274,12 +278,6 @@ def _at_integers(
         return x if batched else x[0]
 
     q, k, v = map(through, (query, key, value), exact)
-    options = options._replace(blocks=None, probabilities=None)
+    options = options._replace(blocks=None, probabilities=None)  # the tiles of floats
     out, lse = attention_of_floats(q, k, v, mask, arrays, None, options, 0.0)
     return out.astype(dtype), lse
-
-
-@_in_integers.defjvp
-def _(options: Options, primals: tuple, tangents: tuple) -> tuple:
-    _, moving = jax.jvp(functools.partial(_at_integers, options), primals, tangents)
-    return _in_integers(options, *primals), moving

@@ -18,8 +18,9 @@ keys, l_t the sum of p in tile t and w_t = exp(m_t - m), the output is off by at
 A key of probability 1 with many just below 1/510 around it comes near that. But rounding errors
 fall on both sides: were they independent of the values, Hoeffding's inequality bounds the chance
 that an output is off by more than 2/255 max |v| by 2 exp(-8 (sum_t w_t l_t)^2 / sum_t w_t^2 n),
-which is below 1e-30 in a row of 1,024 normal scores. In bfloat16 each p is within p / 512, so the
-output is within max |v| / 512 of that with exact probabilities, whatever they are.
+typically 1e-30 in a row of 1,024 normal scores and tiles of 192. In bfloat16 each p is within
+p / 256, so the output is within max |v| / 256 of that with exact probabilities, whatever they are;
+values with a scale per row are rounded to bfloat16, too, and then it is twice that.
 
 Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
 Hoeffding, Probability inequalities, 1963, theorem 2, https://doi.org/10.1080/01621459.1963.10500830
@@ -64,7 +65,7 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
         integers = vmap(dot_u8_s8)(q, kv_tile(tile, operands.k, j, np.dtype(np.int8))) - zero
         # Rounded, they are also computed once only: XLA would fuse them into the maximum, and again
         # into the probabilities, at several times the cost.
-        s = rounded(integers.astype(np.float32) * scale * q_scale)
+        s = rounded(integers.astype(np.float32) * (scale * q_scale))
         return s if q_shift is None else s + q_shift
 
     def values(j: Array) -> Array:

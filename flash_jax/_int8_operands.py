@@ -20,6 +20,8 @@ from ._operands import Quantization
 from ._quantization import QuantizedArray, round_to_int8, scales_of, spread
 from ._scores import rounded
 
+_MOST = 1e30  # a mean that may be subtracted from any float32
+
 
 class Integers(NamedTuple):
     """Queries, keys and values in 8 bits. A row that is not finite has a NaN among its scales.
@@ -41,7 +43,7 @@ def to_integers(
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
-    lengths: Array | None,
+    read: Array | None,
 ) -> Integers:
     """Quantizes queries and smoothed keys per row, and values per channel.
 
@@ -49,18 +51,22 @@ def to_integers(
         query: (B, T, N, H) float.
         key: (B, S, K, H) float, or quantized with scales constant along H or along S.
         value: (B, S, K, Hv), alike.
-        lengths: (B or 1,) keys that exist, None: all. Others touch neither scales nor mean.
+        read: (B or 1, S), whether any query reads the key; None: all. Others touch neither scales
+            nor mean.
+
+    Returns:
+        Integers and scales. The scale of a key is NaN where the key or its value is not finite:
+        whoever reads it gets NaN, and whoever does not is spared.
     """
-    exist = None
-    if lengths is not None:
-        exist = (lax.iota(np.int32, key.shape[1])[None] < lengths[:, None])[..., None, None]
+    if read is not None:
+        read = read[..., None, None]
     if isinstance(value, QuantizedArray):
-        v, v_scale, v_finite = value.values, _of_all_heads(value), None
-        if v_scale.shape[1] != 1:
-            v_finite = jnp.isfinite(v_scale)
-            v_scale = jnp.where(v_finite, v_scale, 0)
+        v, v_scale = value.values, _of_all_heads(value)
+        v_finite = jnp.isfinite(v_scale)
+        v_scale = jnp.where(v_finite, v_scale, 0)
+        v_finite = jnp.all(v_finite, axis=-1, keepdims=True)
     else:
-        v, v_scale, v_finite = _by_channel(value.astype(np.float32), exist)
+        v, v_scale, v_finite = _by_channel(value.astype(np.float32), read)
     channel = mean = None
     if isinstance(key, QuantizedArray):
         k, k_scale = key.values, _of_all_heads(key)
@@ -68,10 +74,9 @@ def to_integers(
             channel, k_scale = k_scale, jnp.ones((1, 1, 1, 1), np.float32)
         k_scale = jnp.broadcast_to(k_scale, (k_scale.shape[0], *k.shape[1:3], 1))
     else:
-        smooth, mean = _smoothed(key.astype(np.float32), exist)
+        smooth, mean = _smoothed(key.astype(np.float32), read)
         k, k_scale = _by_row(smooth)
-    if v_finite is not None:
-        k_scale = jnp.where(v_finite, k_scale, jnp.nan)
+    k_scale = jnp.where(v_finite, k_scale, jnp.nan)
     query = query.astype(np.float32)
     if channel is not None:
         query = query * _of_queries(channel, query)
@@ -114,6 +119,7 @@ def unsigned(q: Array) -> Array:
 
 def zero_products(k: Array) -> Array:
     """What each row of keys (..., H) makes with the zero point of the queries: int32 (...)."""
+    # In float32, which XLA sums several times as fast, and exactly up to 2^24.
     return ZERO_POINT * jnp.sum(k.astype(np.float32), axis=-1).astype(np.int32)
 
 
@@ -121,23 +127,31 @@ def shift(query: Array, integers: Integers, scale: Array) -> Array | None:
     """scale * q . mean (B, N, T), which smoothing took from the scores; None: nothing."""
     if integers.mean is None:
         return None
-    query = query.astype(np.float32)
+    query = query.astype(np.float32) * scale[:, None, None, None]
     # Rounded first, since XLA's sum of products is slow.
     products = rounded(query * _of_queries(integers.mean, query))
-    return jnp.swapaxes(jnp.sum(products, axis=-1) * scale[:, None, None], 1, 2)
+    return jnp.swapaxes(jnp.sum(products, axis=-1), 1, 2)
 
 
-def _smoothed(key: Array, exist: Array | None) -> tuple[Array, Array]:
-    """Keys (B, S, K, H) without their mean (B, 1, K, H), 0 where they do not exist."""
-    existing, count = key, np.float32(max(key.shape[1], 1))
-    if exist is not None:
-        existing = jnp.where(exist, key, 0)
-        count = jnp.maximum(jnp.sum(exist, axis=1, keepdims=True, dtype=np.int32), 1)
-        count = count.astype(np.float32)
-    mean = jnp.sum(existing, axis=1, keepdims=True) / count
-    mean = jnp.where(jnp.isfinite(mean), mean, 0)  # any constant will do
+def _smoothed(key: Array, read: Array | None) -> tuple[Array, Array]:
+    """Keys (B, S, K, H) without their mean (B, 1, K, H), 0 where no one reads them."""
+
+    def mean_of(counted: Array | None) -> Array:
+        if counted is None:
+            return jnp.sum(key, axis=1, keepdims=True) / np.float32(max(key.shape[1], 1))
+        count = jnp.sum(counted, axis=1, keepdims=True, dtype=np.int32)
+        weight = 1 / jnp.maximum(count, 1).astype(np.float32)
+        return jnp.sum(jnp.where(counted, key, 0) * weight, axis=1, keepdims=True)
+
+    def mean_of_finite() -> Array:
+        finite = jnp.all(jnp.isfinite(key), axis=-1, keepdims=True)
+        mean = mean_of(finite if read is None else read & finite)
+        return jnp.where(jnp.abs(mean) < _MOST, mean, 0)  # any constant will do
+
+    mean = mean_of(read)
+    mean = lax.cond(jnp.all(jnp.abs(mean) < _MOST), lambda: mean, mean_of_finite)
     smooth = key - mean
-    return (smooth if exist is None else jnp.where(exist, smooth, 0)), mean
+    return (smooth if read is None else jnp.where(read, smooth, 0)), mean
 
 
 def _by_row(x: Array) -> tuple[Array, Array]:
@@ -148,10 +162,10 @@ def _by_row(x: Array) -> tuple[Array, Array]:
     return round_to_int8(x, scale), scale
 
 
-def _by_channel(x: Array, exist: Array | None) -> tuple[Array, Array, Array]:
+def _by_channel(x: Array, read: Array | None) -> tuple[Array, Array, Array]:
     """x (B, S, K, Hv) as int8, scales (B, 1, K, Hv), and (B, S, K, 1), whether a row is finite."""
     finite = jnp.all(jnp.isfinite(x), axis=-1, keepdims=True)
-    counts = finite if exist is None else exist & finite
+    counts = finite if read is None else read & finite
     amax = jnp.max(jnp.where(counts, jnp.abs(x), 0), axis=1, keepdims=True, initial=0)
     scale = scales_of(amax)
     return round_to_int8(x, scale), scale, finite

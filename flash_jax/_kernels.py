@@ -22,14 +22,15 @@ from ._primitives import attention
 from ._scores import Scores
 from ._shapes import (
     Sizes,
+    accumulator,
     as_floats,
     as_int8,
-    check_array,
     check_kernel,
-    check_not_negative,
     check_probability_dtype,
     check_rank,
+    check_scale,
 )
+from ._straight_through import straight_through
 from ._tiles import Layout
 
 
@@ -128,8 +129,9 @@ def flash_attention_forward_i8(
         probability_dtype: as ``flash_attention_int8``.
 
     Returns:
-        (T, Hv) float32. Products are summed in int32. A row that may read no key is zero. Its
-        derivatives in the scales are those of ``flash_attention_forward``.
+        (T, Hv) float32. Scores are summed in int32, and with uint8 probabilities values are, too. A
+        row that may read no key is zero. The derivatives in the scales are those of
+        ``flash_attention_forward``.
 
     Raises:
         ValueError: shapes disagree with each other or with config, or a scale is out of range; the
@@ -214,17 +216,13 @@ def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Ar
 
 
 def _scores(config: FlashAttentionConfig, dtype: DTypeLike) -> Scores:
-    scale = jnp.full((1,), config.scale, jnp.promote_types(dtype, jnp.float32))
+    scale = jnp.full((1,), config.scale, accumulator(dtype))
     return Scores(scale, CausalMask().bind(Sizes()) if config.causal else None)
 
 
 def _check_scales(**scales: ArrayLike) -> list[ArrayLike]:
     for name, x in scales.items():
-        if x is None:
-            raise TypeError(f"{name} must be a number or a scalar array; it is None")
-        check_array(name, x)
-        check_not_negative(name, x)
-        check_rank(name, jnp.asarray(x), "a scalar", 0)
+        check_scale(name, x)
     return list(scales.values())
 
 
@@ -232,10 +230,10 @@ def _check_scales(**scales: ArrayLike) -> list[ArrayLike]:
 def _attention_int8(config: FlashAttentionConfig, probabilities: np.dtype, *arrays: Array) -> Array:
     *integers, q_scale, k_scale, v_scale = arrays
     scales = (x.astype(np.float32) for x in (q_scale, k_scale, v_scale))
-    return _in_integers(config, probabilities, *integers, *scales)
+    static = config, probabilities
+    return straight_through(static, _in_integers, _at_integers, *integers, *scales)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _in_integers(
     config: FlashAttentionConfig,
     probabilities: np.dtype,
@@ -261,13 +259,8 @@ def _in_integers(
     return attention(operands, static)[0][0]
 
 
-@_in_integers.defjvp
-def _(
-    config: FlashAttentionConfig, probabilities: np.dtype, primals: tuple, tangents: tuple
-) -> tuple[Array, Array]:
-    def at_integers(q: Array, k: Array, v: Array, *scales: Array) -> Array:
-        floats = (x.astype(np.float32) * scale for x, scale in zip((q, k, v), scales, strict=True))
-        return _attention(config, *floats)
-
-    _, moving = jax.jvp(at_integers, primals, tangents)
-    return _in_integers(config, probabilities, *primals), moving
+def _at_integers(
+    config: FlashAttentionConfig, _: np.dtype, q: Array, k: Array, v: Array, *scales: Array
+) -> Array:
+    floats = (x.astype(np.float32) * scale for x, scale in zip((q, k, v), scales, strict=True))
+    return _attention(config, *floats)

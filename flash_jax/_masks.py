@@ -4,6 +4,7 @@ A mask answers two questions about a tile of queries, and builds no (T, S) array
     keep    inside one tile: may query t read key s?
     tiles   of every key tile: does some pair, does every pair remain? Tiles without any are
             skipped, tiles with every pair need no mask work
+A third one, ``read_keys``, is about all queries at once: which keys does any of them read?
 Masks are pytrees: their arrays may be traced, batched by ``vmap`` and passed to jitted functions.
 Combine them with ``&`` and ``|``.
 """
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
@@ -65,6 +66,10 @@ class Mask:
         ``some`` is False only where no pair is kept, ``every`` is True only where all are.
         """
         raise NotImplementedError
+
+    def read_keys(self, T: int, S: int) -> Array:
+        """Which keys some query may read: bool (B or 1, S), False only where none does."""
+        return jnp.full((1, S), True)
 
     def __and__(self, other: Mask) -> Mask:
         """Keeps the pairs that both keep."""
@@ -135,6 +140,9 @@ class CombinedMask(Mask):
         (some, every), (some_b, every_b) = self.a.tiles(tile), self.b.tiles(tile)
         return self.op(some, some_b), self.op(every, every_b)
 
+    def read_keys(self, T: int, S: int) -> Array:
+        return self.op(self.a.read_keys(T, S), self.b.read_keys(T, S))
+
 
 @_mask
 class CausalMask(Mask):
@@ -156,6 +164,9 @@ class CausalMask(Mask):
         offset = tile.of_element(self.offset)
         t, s = tile.queries, tile.keys
         return s.first <= t.last + offset, s.last <= t.first + offset
+
+    def read_keys(self, T: int, S: int) -> Array:
+        return _keys(S) <= _column(self.offset) + np.int32(T - 1)
 
 
 @_mask
@@ -190,6 +201,10 @@ class WindowMask(Mask):
         first, last = tile.queries.first + offset, tile.queries.last + offset
         some = _inside(self, Range(s.last, s.first), Range(first, last))
         return some, _inside(self, s, Range(last, first))
+
+    def read_keys(self, T: int, S: int) -> Array:
+        s, first = _keys(S), _column(self.offset)
+        return _inside(self, Range(s, s), Range(first, first + np.int32(T - 1)))
 
 
 def _inside(mask: WindowMask, s: Range, t: Range) -> Array:
@@ -233,6 +248,14 @@ class SegmentMask(Mask):
         some = (low <= q_high) & (q_low <= high)
         return some, some & (low == high) & (q_low == q_high)
 
+    def read_keys(self, T: int, S: int) -> Array:
+        q_ids, kv_ids = jnp.sort(jnp.asarray(self.q_ids), axis=1), jnp.asarray(self.kv_ids)
+        rows = max(q_ids.shape[0], kv_ids.shape[0])
+        q_ids, kv_ids = (jnp.broadcast_to(x, (rows, x.shape[1])) for x in (q_ids, kv_ids))
+        first = jax.vmap(jnp.searchsorted)(q_ids, kv_ids)  # of the ids that are not less
+        nearest = jnp.take_along_axis(q_ids, jnp.minimum(first, max(T - 1, 0)), axis=1, mode="clip")
+        return nearest == kv_ids
+
 
 def segments(q_ids: Array, kv_ids: Array) -> SegmentMask:
     """The bound mask of bound ids, which may be of two integer dtypes."""
@@ -262,6 +285,9 @@ class LengthMask(Mask):
         some = _both_exist(self, tile, t.first, s.first)
         return some, _both_exist(self, tile, t.last, s.last)
 
+    def read_keys(self, T: int, S: int) -> Array:
+        return jnp.full((1, S), True) if self.kv is None else _keys(S) < _column(self.kv)
+
 
 def _both_exist(mask: LengthMask, tile: QueryTile, t: Array, s: Array) -> Array:
     exist = jnp.full_like(s, True, dtype=bool)
@@ -289,6 +315,9 @@ class PrefixMask(Mask):
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
         n = tile.of_element(self.n)
         return tile.keys.first < n, tile.keys.last < n
+
+    def read_keys(self, T: int, S: int) -> Array:
+        return _keys(S) < _column(self.n)
 
 
 @_mask
@@ -345,3 +374,17 @@ class ArrayMask(Mask):
         if rows.shape[3] == 1:
             return some, every
         return jnp.any(tile.in_key_tiles(some), -1), jnp.all(tile.in_key_tiles(every), -1)
+
+    def read_keys(self, T: int, S: int) -> Array:
+        read = jnp.any(self.kept, axis=(1, 2))
+        return jnp.broadcast_to(read, (read.shape[0], S))
+
+
+def _keys(S: int) -> Array:
+    """(1, S): keys."""
+    return lax.iota(np.int32, S)[None]
+
+
+def _column(x: Any) -> Array:
+    """(B or 1, 1) of a bound array (B or 1,)."""
+    return jnp.asarray(x)[:, None]

@@ -9,7 +9,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from ._shapes import as_floats, check_rank, check_shape
+from ._shapes import accumulator, as_floats, check_rank, check_shape
 
 
 def merge_attention(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
@@ -73,7 +73,7 @@ def _merge(out: list[Array], lse: list[Array]) -> tuple[Array, Array]:
     empty = total == 0
     weights = weights / jnp.where(empty, 1, total)[None]
     weights = jnp.swapaxes(weights, -1, -2)[..., None].astype(
-        jnp.promote_types(out[0].dtype, m.dtype)
+        jnp.promote_types(accumulator(out[0].dtype), accumulator(m.dtype))
     )
     merged = jnp.sum(weights * jnp.stack(out).astype(weights.dtype), axis=0).astype(out[0].dtype)
     return merged, jnp.where(empty, -jnp.inf, shift + jnp.log(jnp.where(empty, 1, total)))

@@ -59,7 +59,7 @@ def absorb(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp)
     return State(m, alpha * state.l + jnp.sum(p, axis=-1), alpha[:, None] * state.o + weigh(p, v))
 
 
-def absorb_apart(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp) -> State:
+def absorb_apart(state: State, s: Array, v: Array, weigh: Weigh, exp: Exp = exp) -> State:
     """As ``absorb``, with the probabilities that are weighed relative to the block's own maximum.
 
     That costs one more factor, and makes the most of probabilities of fixed point.

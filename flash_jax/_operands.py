@@ -21,7 +21,7 @@ from ._machine import machine
 from ._query_tile import Axis, QueryTile
 from ._schedule import visits
 from ._scores import Scores
-from ._shapes import BlockSizes
+from ._shapes import BlockSizes, accumulator
 from ._tiles import Layout, take_tile
 
 C = TypeVar("C")
@@ -105,7 +105,7 @@ class Dimensions(NamedTuple):
         q, k, v, *_ = operands
         rows = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), k.shape
-        acc = jnp.promote_types(static.dtype, jnp.float32)
+        acc = accumulator(static.dtype)
         return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
 
     @property
@@ -197,7 +197,7 @@ def kept_weights(operands: Operands, static: Static, tile: QueryTile, j: Array) 
     """Dropout's factors (heads, rows, block_kv) on the probabilities of key tile j, if any."""
     if operands.dropout_key is None:
         return None
-    dtype = jnp.promote_types(operands.q.dtype, jnp.float32)
+    dtype = accumulator(static.dtype)
     return drop(operands.dropout_key, static.dropout_rate, tile, j, dtype)
 
 

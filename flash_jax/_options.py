@@ -18,6 +18,7 @@ from ._scores import Scores
 from ._shapes import (
     BlockSizes,
     Sizes,
+    accumulator,
     as_block_sizes,
     bind_integers,
     bind_reals,
@@ -53,7 +54,6 @@ class Bound(NamedTuple):
 
     scores: Scores
     sinks: Array | None  # (B or 1, N)
-    lengths: Array | None  # (B or 1,) int32, how many keys exist
     blocks: BlockSizes
 
 
@@ -86,7 +86,7 @@ def bind_options(
 ) -> Bound:
     """Options that fit query (B, T, N, H) and key (B, S, K, H); batched: not without B."""
     (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
-    sizes, acc = Sizes(B, N, T, S, batched), jnp.promote_types(query.dtype, jnp.float32)
+    sizes, acc = Sizes(B, N, T, S, batched), accumulator(query.dtype)
 
     def real(name: str, axes: str) -> Array | None:
         x = arrays[name]
@@ -96,7 +96,7 @@ def bind_options(
         x = arrays[name]
         return None if x is None else bind_integers(name, x, axes, sizes)
 
-    scale, bias, lengths = real("scale", ""), arrays["bias"], integers("key_value_seq_lengths", "")
+    scale, bias = real("scale", ""), arrays["bias"]
     scores = Scores(
         scale=jnp.full((1,), 1 / math.sqrt(H), acc) if scale is None else scale,
         mask=_one_mask(mask, arrays, options, sizes),
@@ -111,7 +111,7 @@ def bind_options(
         groups = max(1, N // max(K, 1))
         coarse = options.probabilities == np.uint8
         blocks = fastest_blocks(machine(), T, S, H, groups, masked, options.reach, coarse)
-    return Bound(scores, real("sinks", "N"), lengths, blocks)
+    return Bound(scores, real("sinks", "N"), blocks)
 
 
 def _one_mask(

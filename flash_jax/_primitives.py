@@ -125,16 +125,21 @@ def _fold(
 ) -> tuple[list[Array], list[int]]:
     """Batching: the new axis joins the batch, the first axis of every leaf."""
     size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
+    # Behind the operands come the results that belong to them, and what is linear. Queries and
+    # results stay together, and tell how many rows there are.
+    count = static["tree"].num_leaves
+    own = {0, *range(count, count + len(Results._fields))} if len(leaves) > count else set()
 
-    def folded(x: Array, axis: int | None) -> Array:
-        if axis is None and x.shape[0] == 1:
+    def folded(i: int, x: Array, axis: int | None) -> Array:
+        if axis is None and x.shape[0] == 1 and i not in own:
             return x  # still serves every row
         x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
     if "rows" in static:  # every call has its own gradients, of shared operands, too
         static["rows"] = tuple(size * rows for rows in static["rows"])
-    results = primitive.bind(*map(folded, leaves, axes), **static)
+    leaves = [folded(i, x, axis) for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))]
+    results = primitive.bind(*leaves, **static)
     results = [x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results]
     return results, [0] * len(results)
 

@@ -19,6 +19,7 @@ from ._machine import machine
 from ._operands import Operands, Static, kv_tile, q_tile
 from ._query_tile import QueryTile
 from ._scores import rounded
+from ._shapes import accumulator
 
 
 class Products(NamedTuple):
@@ -35,7 +36,7 @@ def float_products(operands: Operands, static: Static, tile: QueryTile) -> Produ
     """The products of floats."""
     if operands.q.dtype == jnp.bfloat16 and machine().bfloat16:
         return _bfloat16_products(operands, static, tile)
-    acc = jnp.promote_types(operands.q.dtype, jnp.float32)
+    acc = accumulator(static.dtype)
     q = operands.scores.scaled(tile, q_tile(static, tile, operands.q, acc))
     return Products(
         scores=lambda j: operands.scores.products(q, kv_tile(tile, operands.k, j, acc)),

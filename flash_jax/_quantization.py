@@ -1,7 +1,8 @@
 """Symmetric int8: x is about q * scale, with q = round(x / scale) and scale = max |x| / 127.
 
 A scale serves a block of positions: the whole array, one head, some rows, a channel. Zero stays
-zero, -128 is not used, and no value is off by more than half a scale.
+zero, -128 is not used, and no value is off by more than half a scale, but for blocks so small that
+their scale would be denormal: those become zero.
 
 Jacob et al., Quantization and training of neural networks, 2017, section 2.1 (with zero point 0),
 https://arxiv.org/abs/1712.05877
@@ -11,17 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax import numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from ._shapes import as_floats, check_shape, positive_integer
+from ._shapes import accumulator, as_floats, check_shape, positive_integer
 
 LEVELS = 127
 
@@ -31,7 +33,7 @@ LEVELS = 127
     data_fields=["values", "scales"],
     meta_fields=["block_shape"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
     """An array as int8 values, and scales that blocks of them share.
 
@@ -66,6 +68,15 @@ class QuantizedArray:
         """``block_shape`` of the axes at hand: ``vmap`` takes and adds leading ones."""
         missing = self.ndim - len(self.block_shape)
         return (1,) * missing + self.block_shape[max(0, -missing) :]
+
+
+# For exported functions that take one.
+export.register_pytree_node_serialization(
+    QuantizedArray,
+    serialized_name="flash_jax.QuantizedArray",
+    serialize_auxdata=lambda block_shape: json.dumps(block_shape).encode(),
+    deserialize_auxdata=lambda text: (tuple(json.loads(text)[0]),),
+)
 
 
 def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> QuantizedArray:
@@ -103,7 +114,8 @@ def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> Q
     """
     (x,) = as_floats(x=x)
     blocks = _as_block_shape(block_shape, x.shape)
-    if not isinstance(x, Tracer) and not bool(jnp.all(jnp.isfinite(x))):
+    finite = jnp.all(jnp.isfinite(x))  # inside a jit it is traced, even where x is not
+    if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError("x must be finite; it has a NaN or an infinity")
     return _quantize(x, blocks)
 
@@ -128,9 +140,13 @@ def dequantize(x: QuantizedArray, dtype: DTypeLike = np.float32) -> Array:
         [127.0, -3.0]
     """
     x = check_quantized("x", x)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        found = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
         raise TypeError(f"dtype must be a float dtype; it is {dtype!r}")
-    return _dequantize(x, jnp.dtype(dtype))
+    return _dequantize(x, np.dtype(found))
 
 
 def check_quantized(name: str, x: Any) -> QuantizedArray:
@@ -142,6 +158,9 @@ def check_quantized(name: str, x: Any) -> QuantizedArray:
         kind = getattr(array, "dtype", type(array).__name__)
         if kind != dtype:
             raise TypeError(f"{name}.{part} must be {np.dtype(dtype)}; it is {kind}")
+    shape = x.block_shape
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"{name}.block_shape must be positive integers; it is {shape!r}")
     counts = tuple(-(-size // block) for size, block in zip(x.shape, x.blocks, strict=True))
     check_shape(f"{name}.scales", x.scales, f"one per block {x.blocks} of {x.shape}", counts)
     return x
@@ -172,7 +191,7 @@ def scales_of(amax: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize(x: Array, block_shape: tuple[int, ...]) -> QuantizedArray:
-    x = x.astype(jnp.promote_types(x.dtype, np.float32))
+    x = x.astype(accumulator(x.dtype))
     # Apart from the maximum, in which XLA:CPU may lose a NaN.
     finite = jnp.isfinite(x)
     amax, all_finite = jnp.where(finite, jnp.abs(x), 0), finite
@@ -186,7 +205,7 @@ def _quantize(x: Array, block_shape: tuple[int, ...]) -> QuantizedArray:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dequantize(x: QuantizedArray, dtype: np.dtype) -> Array:
-    acc = jnp.promote_types(dtype, np.float32)
+    acc = accumulator(dtype)
     scales = spread(x.scales, x.shape, x.blocks)
     return (x.values.astype(acc) * scales.astype(acc)).astype(dtype)
 

@@ -8,7 +8,7 @@ from jax import Array, nn
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from ._shapes import as_floats, check_qkv
+from ._shapes import accumulator, as_floats, check_qkv
 
 
 def reference_attention(
@@ -48,7 +48,7 @@ def reference_attention(
     query, key, value = as_floats(query=query, key=key, value=value)
     check_qkv(query, key, value)
     groups = query.shape[-2] // max(key.shape[-2], 1)
-    acc = jnp.promote_types(query.dtype, jnp.float32)
+    acc = accumulator(query.dtype)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     key, value = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     s = jnp.einsum("...tnh,...snh->...nts", query, key, preferred_element_type=acc) * scale

@@ -62,6 +62,16 @@ class Scores(NamedTuple):
         """
         return q * tile.of_element(self.scale).astype(q.dtype)
 
+    def read_keys(self, T: int, S: int) -> Array | None:
+        """Which keys some query may read, (B or 1, S), as ``Mask.read_keys``; None: all."""
+        read = None if self.mask is None else self.mask.read_keys(T, S)
+        if self.bias is None:
+            return read
+        unmasked = ~jnp.isneginf(self.bias.astype(self.scale.dtype))
+        unmasked = jnp.any(unmasked, axis=(1, 2))
+        unmasked = jnp.broadcast_to(unmasked, (unmasked.shape[0], S))
+        return unmasked if read is None else read & unmasked
+
     def keep(self, tile: QueryTile, j: Array) -> Array:
         """The mask of key tile j: bool (heads, rows, block_kv)."""
         kept = keep_tile(self.mask, tile, j)

@@ -17,6 +17,11 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _PROBABILITIES = ("uint8", "bfloat16", "float32")
 
 
+def accumulator(dtype: Any) -> np.dtype:
+    """What numbers of the dtype are summed in: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def as_floats(**arrays: object) -> list[Array]:
     """The arguments as arrays of one float dtype, the first one's."""
     converted: dict[str, Array] = {}
@@ -203,10 +208,25 @@ def check_positive(name: str, x: Any) -> None:
         raise ValueError(f"{name} must be finite and > 0; it is {x}")
 
 
-def check_not_negative(name: str, x: Any) -> None:
-    """Checks that a number, where its value is known, is finite and >= 0."""
-    if not isinstance(x, Tracer) and not np.all(np.isfinite(x) & (np.asarray(x) >= 0)):
-        raise ValueError(f"{name} must be finite and >= 0; it is {x}")
+def check_scale(name: str, x: Any) -> None:
+    """Checks that a scale is one real number, and >= 0 in float32 where its value is known."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None:
+        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    else:
+        real = any(jnp.issubdtype(dtype, kind) for kind in (np.integer, jnp.floating))
+    if not real:
+        raise TypeError(f"{name} must be a real number or a scalar array of one; it is {x!r}")
+    shape = getattr(x, "shape", ())
+    if shape:
+        raise ValueError(f"{name} must be a scalar; its shape is {shape}")
+    if not isinstance(x, Tracer):
+        try:
+            value = float(x)  # pyright: ignore[reportArgumentType]
+        except OverflowError:
+            value = np.inf
+        if not 0 <= value <= float(np.finfo(np.float32).max):
+            raise ValueError(f"{name} must be finite in float32 and >= 0; it is {x}")
 
 
 def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:

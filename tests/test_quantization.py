@@ -76,6 +76,11 @@ def test_properties_of_any_numbers(x, block):
     np.testing.assert_array_equal(again.values, quantized.values)
 
 
+def test_a_constant_inside_a_jit_is_accepted():
+    x = jnp.ones((2, 4))
+    np.testing.assert_allclose(jax.jit(lambda y: dequantize(quantize(x)) + y)(0.0), x, rtol=1e-6)
+
+
 def test_zeros_have_scale_zero():
     x = quantize(np.zeros((3, 4), np.float32), (1, None))
     np.testing.assert_array_equal(x.scales, np.zeros((3, 1)))
@@ -197,6 +202,8 @@ VALUES, SCALES = np.zeros((4, 6), np.int8), np.ones((2, 1), np.float32)
         (np.ones(3), TypeError, "x must be a QuantizedArray; it is ndarray"),
         (QuantizedArray(VALUES.astype(np.int32), SCALES, (2, 6)), TypeError, r"x\.values must be"),
         (QuantizedArray(VALUES, SCALES.astype(np.float64), (2, 6)), TypeError, r"x\.scales must"),
+        (QuantizedArray(VALUES, SCALES, (0, 6)), ValueError, r"x\.block_shape must be positive"),
+        (QuantizedArray(VALUES, SCALES, [2, 6]), ValueError, r"x\.block_shape must be positive"),
         (QuantizedArray(VALUES, SCALES, (1, 6)), ValueError, r"x\.scales must be one per block"),
     ],
 )
@@ -205,6 +212,7 @@ def test_parts_that_do_not_fit_are_named(x, error, message):
         dequantize(x)
 
 
-def test_dequantize_to_integers_is_refused():
+@pytest.mark.parametrize("dtype", [np.int32, None, "no dtype"])
+def test_dequantize_to_no_float_is_refused(dtype):
     with pytest.raises(TypeError, match="dtype must be a float dtype"):
-        dequantize(QuantizedArray(VALUES, SCALES, (2, 6)), np.int32)
+        dequantize(QuantizedArray(VALUES, SCALES, (2, 6)), dtype)
