@@ -6,8 +6,8 @@ maximum. Dropping the rest (overflow) shortens the vector code of the innermost 
     exp(x) = 2^n 2^f,   n = round(x log2 e),   f = x log2 e - n in [-1/2, 1/2]
 
 2^f is the polynomial with constant term 1 and least maximal relative error there (before rounding
-2e-9 at degree 6 and 3e-6 at degree 4), and 2^n is assembled from its bits: adding 1.5 * 2^23 + 127 to n leaves
-n + 127, the biased exponent, in the low bits of the mantissa.
+2e-9 at degree 6 and 3e-6 at degree 4), and 2^n is assembled from its bits: adding 1.5 * 2^23 + 127
+to n leaves n + 127, the biased exponent, in the low bits of the mantissa.
 """
 
 import functools

@@ -139,9 +139,8 @@ def _smoothed(key: Array, read: Array | None) -> tuple[Array, Array]:
     def mean_of(counted: Array | None) -> Array:
         if counted is None:
             return jnp.sum(key, axis=1, keepdims=True) / np.float32(max(key.shape[1], 1))
-        count = jnp.sum(counted, axis=1, keepdims=True, dtype=np.int32)
-        weight = 1 / jnp.maximum(count, 1).astype(np.float32)
-        return jnp.sum(jnp.where(counted, key, 0) * weight, axis=1, keepdims=True)
+        count = jnp.maximum(jnp.sum(counted, axis=1, keepdims=True, dtype=np.int32), 1)
+        return jnp.sum(jnp.where(counted, key, 0), axis=1, keepdims=True) / count.astype(np.float32)
 
     def mean_of_finite() -> Array:
         finite = jnp.all(jnp.isfinite(key), axis=-1, keepdims=True)
