@@ -12,13 +12,14 @@ Combine them with ``&`` and ``|``.
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array, export, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
@@ -33,6 +34,9 @@ from ._shapes import (
 )
 
 M = TypeVar("M", bound=type)
+
+_OPERATORS: dict[Any, str] = {operator.and_: "and", operator.or_: "or"}
+_NAMED: dict[Any, Any] = {name: operator_ for operator_, name in _OPERATORS.items()}
 
 
 class Mask:
@@ -118,6 +122,15 @@ def _mask(cls: M) -> M:
     names = [field.name for field in dataclasses.fields(cls)]
     data = [name for name in names if name in cls.arrays or name in cls.masks]
     jax.tree_util.register_dataclass(cls, data, [name for name in names if name not in data])
+    # For exported functions that take one; a PredicateMask's function is refused then.
+    export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"flash_jax.{cls.__name__}",
+        serialize_auxdata=lambda static: json.dumps(
+            [_OPERATORS.get(x, x) for x in static]
+        ).encode(),
+        deserialize_auxdata=lambda text: tuple(_NAMED.get(x, x) for x in json.loads(text)),
+    )
     return cls
 
 

@@ -22,7 +22,8 @@ from flash_jax import (
     block_schedule,
     flash_attention,
 )
-from flash_jax._masks import ArrayMask
+from flash_jax._masks import ArrayMask, CombinedMask
+from flash_jax._shapes import Sizes
 
 B, N = 2, 3
 SIZES = [(1, 1), (4, 9), (11, 7)]
@@ -178,6 +179,18 @@ def test_a_skipped_tile_keeps_no_pair_and_a_full_one_keeps_all(case, T, S, block
                 assert tile == (some if pairs.any() else BlockSchedule.SKIPPED)
             assert tile != BlockSchedule.FULL or full
             assert tile != BlockSchedule.SKIPPED or not pairs.any()
+
+
+@every_case
+@pytest.mark.parametrize(("T", "S"), SIZES)
+def test_keys_that_are_read_are_never_missed_and_others_known_where_it_is_simple(case, T, S):
+    mask, kept, _ = case(T, S)
+    real = np.any(np.broadcast_to(kept, (B, N, T, S)), axis=(1, 2))
+    read = np.broadcast_to(mask.bind(Sizes(B, N, T, S)).read_keys(T, S), (B, S))
+    assert not (real & ~read).any()
+    unknown = isinstance(mask, PredicateMask | CombinedMask) or getattr(mask, "q", None) is not None
+    if not unknown:
+        np.testing.assert_array_equal(read, real)
 
 
 @pytest.mark.parametrize("offset", [2**31 - 1, 2**30, -(2**30), -(2**31)])

@@ -305,6 +305,13 @@ def test_an_exported_call_takes_other_lengths_and_offsets(model_qkv):
         np.testing.assert_array_equal(exported.call(*arguments), call(*arguments))
 
 
+def test_an_exported_call_takes_masks(model_qkv):
+    call = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask=mask))
+    mask = (PrefixMask(np.int32(2)) | CausalMask(np.int32(1))) & WindowMask(4, None, np.int32(0))
+    exported = export.deserialize(export.export(call)(*model_qkv, mask).serialize())
+    np.testing.assert_array_equal(exported.call(*model_qkv, mask), call(*model_qkv, mask))
+
+
 @pytest.mark.parametrize("name", ["query", "key", "lengths"])
 def test_symbolic_sizes_are_refused_by_name(name):
     (n,) = export.symbolic_shape("n")
