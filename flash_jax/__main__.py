@@ -187,7 +187,7 @@ def bench(args: argparse.Namespace, screen: Screen) -> None:
     """Measures cases beside the peers that are installed."""
     from ._bench import report
     from ._bench.cases import CASES, LENGTHS, of_length
-    from ._bench.measure import compare
+    from ._bench.measure import compare_alone
 
     if args.list:
         screen.table("Cases", [(x.name, x.shape, x.why) for x in CASES.values()])
@@ -205,7 +205,7 @@ def bench(args: argparse.Namespace, screen: Screen) -> None:
     comparisons = []
     for i, case in enumerate([*chosen, *curve], 1):
         with screen.step(f"{case.name} ({i} of {len(chosen) + len(curve)})"):
-            comparisons.append(compare(case, args.rounds))
+            comparisons.append(compare_alone(case, args.rounds))
         if i <= len(chosen):
             screen.line()
             screen.table(report.title(case), report.rows(comparisons[-1]), report.HEADER)
@@ -312,8 +312,8 @@ def _add_bench(commands: Any) -> None:
     command = commands.add_parser(
         "bench",
         help="measure speed beside jax.nn, PyTorch, ONNX Runtime and OpenVINO",
-        description="Measures cases in alternating rounds beside jax.nn and, where they are "
-        "installed (pip install 'flash-jax[bench]'), PyTorch, ONNX Runtime and OpenVINO. "
+        description="Measures each case, in a process of its own and in alternating rounds, "
+        "beside jax.nn and, where they are installed (pip install 'flash-jax[bench]'), PyTorch, ONNX Runtime and OpenVINO. "
         "Columns: median time and quartiles; the median ratio to flash_jax within a round; "
         "GFLOP/s of kept pairs, or GB/s of keys and values where reading them is the bound; that "
         "rate's share of XLA's matrix product or of reading as many bytes; temporary memory; "

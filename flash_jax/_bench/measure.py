@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -75,6 +77,13 @@ def compare(case: Case, rounds: int, names: Sequence[str] = tuple(SUBJECTS)) -> 
         for name, subject in subjects.items()
     }
     return Comparison(case, results, work / seconds[_MACHINE])
+
+
+def compare_alone(case: Case, rounds: int) -> Comparison:
+    """``compare`` in a process of its own: what one case leaves behind slows down the next."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(compare, case, rounds).result()
 
 
 def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
