@@ -92,17 +92,13 @@ def bind_options(
         x = arrays[name]
         return None if x is None else bind_reals(name, x, axes, sizes).astype(acc)
 
-    def integers(name: str, axes: str) -> Array | None:
-        x = arrays[name]
-        return None if x is None else bind_integers(name, x, axes, sizes)
-
     scale, bias = real("scale", ""), arrays["bias"]
     scores = Scores(
         scale=jnp.full((1,), 1 / math.sqrt(H), acc) if scale is None else scale,
         mask=_one_mask(mask, arrays, options, sizes),
         soft_cap=real("logits_soft_cap", ""),
         alibi_slopes=real("alibi_slopes", "N"),
-        offset=integers("query_offset", ""),
+        offset=bind_integers("query_offset", arrays["query_offset"], "", sizes),
         bias=None if bias is None else bind_scores("bias", bias, "floats", jnp.floating, sizes),
     )
     blocks = options.blocks

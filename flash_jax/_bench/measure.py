@@ -49,9 +49,9 @@ class Comparison(NamedTuple):
         """The rate, as a share of the machine's best of the same rounds."""
         return float(np.median(self.work / self.results[name].seconds / self.best))
 
-    def ratio(self, name: str, to: str = OURS) -> float:
-        """How many times as long as ``to`` it takes: the median over rounds."""
-        return float(np.median(self.results[name].seconds / self.results[to].seconds))
+    def ratio(self, name: str) -> float:
+        """How many times as long as flash_jax it takes: the median over rounds."""
+        return float(np.median(self.results[name].seconds / self.results[OURS].seconds))
 
 
 def compare(case: Case, rounds: int, names: Sequence[str] = tuple(SUBJECTS)) -> Comparison:
