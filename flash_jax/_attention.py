@@ -194,8 +194,11 @@ def attention_of_floats(
     dropout_key = None
     if dropout_rng is not None and dropout_rate:
         dropout_key = bind_key(dropout_rng)
-    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    kv_layout = Layout.HEADS_LAST
+    if bound.blocks.q < query.shape[1]:  # they are read more than once
+        kv_layout = Layout.HEADS_FIRST
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
-    static = Static(bound.blocks, Layout.HEADS_LAST, query.shape[0], query.dtype, dropout_rate)
-    out, lse = attention(operands, static)
+    layouts = Layout.HEADS_LAST, query.shape[0], query.dtype, kv_layout
+    out, lse = attention(operands, Static(bound.blocks, *layouts, dropout_rate))
     return (out, lse) if batched else (out[0], lse[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array, lax
@@ -66,18 +67,21 @@ def backward(
     """
     dims = Dimensions.of(operands, static)
     shapes = gradient_shapes(operands, rows)
-    sums = {name: jnp.zeros(_summed(name, x.shape), dims.acc) for name, x in shapes.items()}
+    sums = {name: jnp.zeros(_summed(name, x, static), dims.acc) for name, x in shapes.items()}
     if not dims.empty:
         step = functools.partial(_query_tile, operands, results, d_out, d_lse, static)
         sums = over_query_tiles(operands, static, step, sums, copies=3)
     for name in {"k", "v"} & sums.keys():
-        sums[name] = jnp.swapaxes(sums[name], 2, 3)
+        sums[name] = jnp.moveaxis(jnp.swapaxes(sums[name], 2, 3), 2, static.kv_layout.value)
     return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
 
 
-def _summed(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _summed(name: str, x: Any, static: Static) -> tuple[int, ...]:
     """Shape that a gradient is summed in: (B, K, H, S) for keys and values."""
-    return (*shape[:2], *shape[:1:-1]) if name in ("k", "v") else shape
+    if name not in ("k", "v"):
+        return x.shape
+    B, K, S, H = static.kv_layout.sizes(x)
+    return B, K, H, S
 
 
 def _query_tile(
@@ -109,7 +113,7 @@ def _query_tile(
 
         def absorb(j: Array, carry: tuple) -> tuple:
             dq, sums = carry
-            k, v = (kv_tile(tile, x, j, acc) for x in (operands.k, operands.v))
+            k, v = (kv_tile(static, tile, x, j, acc) for x in (operands.k, operands.v))
             s, kept = scores.products(q, k), scores.keep(tile, j) if masked else True
             if masked and scores.soft_cap is not None:
                 s = jnp.where(kept, s, 0)  # the slope of tanh at NaN, times 0, is NaN
@@ -128,12 +132,12 @@ def _query_tile(
                 ds = jnp.where(kept, ds, 0)
             if "v" in sums:
                 p = p if weights is None else p * weights
-                sums = _add_to_keys(sums, "v", tile, j, jax.vmap(dot)(d_o_t, p))
+                sums = _add_to_keys(sums, "v", tile, j, dot(d_o_t, p))
             d_local, ds = pull_back(ds)
             sums = _add_local(sums, tile, j, d_local)
             if "k" in sums:
-                sums = _add_to_keys(sums, "k", tile, j, jax.vmap(dot)(q_t, ds))
-            return dq + jax.vmap(dot)(ds, clean(k)), sums
+                sums = _add_to_keys(sums, "k", tile, j, dot(q_t, ds))
+            return dq + dot(ds, clean(k)), sums
 
         return absorb
 
@@ -174,7 +178,7 @@ def _add_to_queries(
     heads, n = tile.heads * tile.groups, tile.head * tile.groups
     row, start = tile.row_of(sums[name]), tile.q.start(tile.i)
     x += take_tile(static.layout, sums[name], row, n, heads, start, tile.q.block).reshape(x.shape)
-    x = x.reshape(heads, tile.q.block, -1)
+    x = x.reshape(1, heads, tile.q.block, -1)
     return sums | {name: put_tile(static.layout, sums[name], x, row, n, start)}
 
 

@@ -17,6 +17,9 @@ from ._shapes import BlockSizes
 _MAX_SCORE_BYTES = 8 * 2**20
 _MAX_BLOCK_Q = 2048
 _MAX_BLOCK_KV = 1024
+# Up to so many keys, where the maximum meets the difference without a select, XLA's one kernel for
+# product, maximum and difference is faster than three operations.
+FUSED_KEYS = 256
 
 
 def score_bytes(machine: Machine) -> int:
@@ -48,7 +51,9 @@ def fastest_blocks(
             shorter it is, the finer they are.
     """
     T, S = max(T, 1), max(S, 1)
-    block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(256, _power_of_two(8 * head_dim)))
+    block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(512, _power_of_two(8 * head_dim)))
+    if S <= _MAX_BLOCK_KV and not masked:
+        block_kv = S  # whole rows need no rescaling
     if masked:
         block_q = min(block_q, max(512, _power_of_two(T // 8)))
         block_kv = min(block_kv, block_q)
@@ -73,6 +78,25 @@ def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copie
     """
     most = score_bytes(machine) // (4 * rows * block_kv * copies)
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, most))
+
+
+def elements_per_step(machine: Machine, rows: int, scores: int, keys: int) -> int:
+    """How many batch elements share a step; divides ``rows``.
+
+    All of them where their scores fit: their keys and values are then read where they lie, and not
+    copied. Else a step holds half as many scores as others do, for it holds all that belongs to
+    them, too.
+
+    Args:
+        rows: batch elements.
+        scores: float32 numbers that live at once of the scores of one of them.
+        keys: numbers in the keys and values of one of them.
+    """
+    most = score_bytes(machine) // 4
+    if rows * scores <= most:
+        return rows
+    most = most // 2 // max(scores, keys)
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
 
 
 def _even(length: int, block: int) -> int:

@@ -39,5 +39,6 @@ def drop(key: Array, rate: float, tile: QueryTile, j: Array, dtype: jnp.dtype) -
 
 def _threefry(k0: Array, k1: Array, x0: Array, x1: Array, shape: tuple[int, ...]) -> list[Array]:
     """Two random words of each pair of counters."""
-    words = (jnp.broadcast_to(x.astype(np.uint32), shape) for x in (k0, k1, x0, x1))
-    return threefry2x32_p.bind(*words)
+    words = [jnp.broadcast_to(x.astype(np.uint32), shape) for x in (k0, k1, x0, x1)]
+    zero = 0 * sum(words)  # under vmap the primitive takes words that are all mapped, or none
+    return threefry2x32_p.bind(*(x + zero for x in words))

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from . import _online_softmax as online
+from ._block_sizes import FUSED_KEYS
 from ._int8 import int8_products
 from ._operands import (
     Dimensions,
@@ -20,6 +21,7 @@ from ._operands import (
     Static,
     finite,
     kept_weights,
+    kv_tile,
     over_key_tiles,
     over_query_tiles,
 )
@@ -55,15 +57,13 @@ def forward(operands: Operands, static: Static) -> Results:
         sinks = operands.sinks.astype(dims.acc)[..., None]
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
-    # 0 * v is NaN where v is NaN or infinite: one fast sum tells whether any value is.
-    all_finite = jnp.isfinite(jnp.sum(operands.v * 0, dtype=dims.acc))
 
     def step(tile: QueryTile, results: Results) -> Results:
-        state = _attend(operands, static, tile, all_finite)
-        out, lse = jax.vmap(online.finish)(state)
+        state = tile.each(lambda tile, operands: _attend(operands, static, tile), operands)
+        out, lse = online.finish(state)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
-        shape = (1, tile.heads * tile.groups, tile.q.block)
-        out = out.reshape(*shape[1:], dims.Hv).astype(static.dtype)
+        shape = (tile.elements, tile.heads * tile.groups, tile.q.block)
+        out = out.reshape(*shape, dims.Hv).astype(static.dtype)
         rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
         return Results(
             put_tile(static.layout, results.out, out, tile.row, n, t),
@@ -73,52 +73,61 @@ def forward(operands: Operands, static: Static) -> Results:
             ),
         )
 
-    return over_query_tiles(operands, static, step, results, copies=1)
+    return over_query_tiles(operands, static, step, results, copies=1, several=True)
 
 
-def _attend(operands: Operands, static: Static, tile: QueryTile, all_finite: Array) -> online.State:
-    """The state of one query tile's rows after all the keys they may read."""
+def _attend(operands: Operands, static: Static, tile: QueryTile) -> online.State:
+    """The state (heads, rows) of one query tile after all the keys its rows may read."""
     scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, static).acc
     of_format = float_products if operands.quantization is None else int8_products
     products = of_format(operands, static, tile)
 
-    def at(masked: bool) -> Callable[[Array, online.State], online.State]:
-        def absorb(j: Array, state: online.State) -> online.State:
+    # Of a kept value that is NaN or infinite the output tells; a masked one must not be multiplied.
+    clean = operands.quantization is None and not scores.always_full(tile.kv)
+
+    def at(masked: bool) -> Callable[[Array, tuple], tuple]:
+        def absorb(j: Array, carry: tuple) -> tuple:
+            state, all_finite = carry
             s, v = products.scores(j), products.values(j)
             s = scores.logits(tile, j, scores.local(tile, j), s)
             if masked:
-                s, v = jnp.where(scores.keep(tile, j), s, -jnp.inf), finite(v)
-
-            def of_head(
-                state: online.State, s: Array, v: Array, kept: Array | None
-            ) -> online.State:
-                def weigh(p: Array, v: Array) -> Array:
-                    return products.weigh(p if kept is None else p * kept, v)
-
-                return products.absorb(state, s, v, weigh)
-
-            return jax.vmap(of_head)(state, s, v, kept_weights(operands, static, tile, j))
+                s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
+            if masked and clean:
+                # 0 * v is NaN where v is not finite: one fast sum tells.
+                all_finite &= jnp.isfinite(jnp.sum(v * 0, dtype=acc))
+                v = finite(v)
+            kept = kept_weights(operands, static, tile, j)
+            weigh = products.weigh
+            if kept is not None:
+                weigh = lambda p, v: products.weigh(p * kept, v)  # noqa: E731
+            if tile.kv.count == 1:
+                fused = not masked and tile.kv.block <= FUSED_KEYS
+                shift = (lambda m: m) if fused else online.finite_shift
+                return online.of_block(s, v, weigh, products.exp, shift), all_finite
+            return products.absorb(state, s, v, weigh, products.exp), all_finite
 
         return absorb
 
     def nonfinite(j: Array, o: Array) -> Array:
         """Adds the NaN and infinite values that are kept in a partial tile, and left out above."""
-        v_tile, kept = products.values(j), scores.keep(tile, j).astype(acc)
-        kinds = [jnp.isnan(v_tile), jnp.isposinf(v_tile), jnp.isneginf(v_tile)]
+        v = kv_tile(static, tile, operands.v, j, acc)
+        kept = scores.keep(tile, j).astype(acc)
+        kinds = [jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)]
         for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
-            seen = jax.vmap(online.dot)(kept, kind.astype(acc))
+            seen = online.dot(kept, kind.astype(acc))
             o += jnp.where(seen > 0, jnp.array(value, acc), 0)
         return o
 
-    state = online.start(tile.rows, operands.v.shape[-1], acc)
-    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
-    state = over_key_tiles(operands, tile, at(False), at(True), state)
-    # Quantized values are finite.
-    if operands.quantization is None and not scores.always_full(tile.kv):
+    state = online.start((tile.heads, tile.rows), operands.v.shape[-1], acc)
+    state, all_finite = over_key_tiles(
+        operands, tile, at(False), at(True), (state, jnp.array(True))
+    )
+    if clean:
         show = lambda o: over_key_tiles(operands, tile, lambda _, o: o, nonfinite, o)  # noqa: E731
+        all_finite = tile.in_every_element(all_finite)
         state = state._replace(o=lax.cond(all_finite, lambda o: o, show, state.o))
     state = state._replace(o=products.finish(state.o))
     if sinks is not None:
         sink = tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0]
-        state = jax.vmap(online.add_logit)(state, sink)
+        state = online.add_logit(state, sink)
     return state

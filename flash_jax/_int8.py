@@ -62,14 +62,16 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
 
     def scores(j: Array) -> Array:
         zero, scale = (key_columns(tile, x, j)[:, None] for x in (k_zero, k_scale))
-        integers = vmap(dot_u8_s8)(q, kv_tile(tile, operands.k, j, np.dtype(np.int8))) - zero
+        integers = (
+            vmap(dot_u8_s8)(q, kv_tile(static, tile, operands.k, j, np.dtype(np.int8))) - zero
+        )
         # Rounded, they are also computed once only: XLA would fuse them into the maximum, and again
         # into the probabilities, at several times the cost.
         s = rounded(integers.astype(np.float32) * (scale * q_scale))
         return s if q_shift is None else s + q_shift
 
     def values(j: Array) -> Array:
-        v = kv_tile(tile, operands.v, j, np.dtype(np.int8))
+        v = kv_tile(static, tile, operands.v, j, np.dtype(np.int8))
         if probabilities == np.uint8:
             return v
         if not per_channel:
@@ -81,13 +83,13 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
             return o
         return o * lax.dynamic_slice_in_dim(tile.of_element(v_scale), tile.head, tile.heads)
 
-    coarse = functools.partial(exp, degree=4)  # far finer than 8 bits
-    weigh, absorb = {
-        "uint8": (_weigh_uint8, functools.partial(online.absorb_apart, exp=coarse)),
-        "bfloat16": (weigh_bfloat16, functools.partial(online.absorb, exp=coarse)),
-        "float32": (online.dot, online.absorb),
-    }[probabilities.name]
-    return Products(scores, values, weigh, finish, absorb)
+    products = Products(scores, values, online.dot, finish)
+    if probabilities == np.float32:
+        return products
+    products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits
+    if probabilities == jnp.bfloat16:
+        return products._replace(weigh=vmap(weigh_bfloat16))
+    return products._replace(weigh=vmap(_weigh_uint8), absorb=online.absorb_apart)
 
 
 def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:

@@ -111,7 +111,8 @@ def first_tile(
     if B > 1 and batch >= B:
         raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")
     B = max(B, batch + 1)
-    at = (jnp.int32(batch), (B, B), jnp.int32(head), 1, 1, jnp.int32(0))
+    row = jnp.int32(batch)
+    at = (row, (B, B), row, jnp.int32(head), 1, 1, jnp.int32(0))
     return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
 
 

@@ -23,23 +23,30 @@ Weigh = Callable[[Array, Array], Array]
 
 
 class State(NamedTuple):
+    """Of T rows, with any axes before T."""
+
     m: Array  # (T,) running maximum of the logits, -inf while no key has been seen
     l: Array  # (T,) running sum of exp(s - m)
     o: Array  # (T, H) running sum of exp(s - m) v, not yet divided by l
 
 
-def start(rows: int, head_dim: int, dtype: DTypeLike) -> State:
+def start(rows: tuple[int, ...], head_dim: int, dtype: DTypeLike) -> State:
     """The state of rows that have seen no key."""
     return State(
-        jnp.full((rows,), -jnp.inf, dtype),
-        jnp.zeros((rows,), dtype),
-        jnp.zeros((rows, head_dim), dtype),
+        jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, head_dim), dtype)
     )
 
 
-def dot(a: Array, b: Array) -> Array:
-    """a (M, K) times b (K, N), accumulated and returned in a's dtype."""
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=a.dtype)
+def dot(a: Array, b: Array, axis: int = -2) -> Array:
+    """a (..., M, K) times b, (..., K, N) or with K as the other ``axis``, summed in a's dtype."""
+    batch = tuple(range(a.ndim - 2))
+    contracted = (a.ndim - 1,), (b.ndim + axis,)
+    return lax.dot_general(a, b, (contracted, (batch, batch)), preferred_element_type=a.dtype)
+
+
+def finite_shift(m: Array) -> Array:
+    """m as a shift: a row that has seen no key has m = -inf, and -inf - (-inf) would be NaN."""
+    return jnp.where(jnp.isneginf(m), 0, m)
 
 
 def absorb(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp) -> State:
@@ -53,10 +60,10 @@ def absorb(state: State, s: Array, v: Array, weigh: Weigh = dot, exp: Exp = exp)
         exp: the exponential function.
     """
     m = jnp.maximum(state.m, jnp.max(s, axis=-1))
-    shift = _finite(m)
-    p = exp(s - shift[:, None])
+    shift = finite_shift(m)
+    p = exp(s - shift[..., None])
     alpha = exp(state.m - shift)  # carries the old sums over to the new maximum
-    return State(m, alpha * state.l + jnp.sum(p, axis=-1), alpha[:, None] * state.o + weigh(p, v))
+    return State(m, alpha * state.l + jnp.sum(p, axis=-1), alpha[..., None] * state.o + weigh(p, v))
 
 
 def absorb_apart(state: State, s: Array, v: Array, weigh: Weigh, exp: Exp = exp) -> State:
@@ -64,17 +71,24 @@ def absorb_apart(state: State, s: Array, v: Array, weigh: Weigh, exp: Exp = exp)
 
     That costs one more factor, and makes the most of probabilities of fixed point.
     """
+    return merge(state, of_block(s, v, weigh, exp))
+
+
+def of_block(
+    s: Array, v: Array, weigh: Weigh, exp: Exp = exp, shift: Callable[[Array], Array] = finite_shift
+) -> State:
+    """The state after one block of keys; shift: what maxima become before they are subtracted."""
     m = jnp.max(s, axis=-1)
-    p = exp(s - _finite(m)[:, None])
-    return merge(state, State(m, jnp.sum(p, axis=-1), weigh(p, v)))
+    p = exp(s - shift(m)[..., None])
+    return State(m, jnp.sum(p, axis=-1), weigh(p, v))
 
 
 def merge(a: State, b: State) -> State:
     """The state over the union of two disjoint sets of keys."""
     m = jnp.maximum(a.m, b.m)
-    shift = _finite(m)
+    shift = finite_shift(m)
     alpha, beta = exp(a.m - shift), exp(b.m - shift)
-    return State(m, alpha * a.l + beta * b.l, alpha[:, None] * a.o + beta[:, None] * b.o)
+    return State(m, alpha * a.l + beta * b.l, alpha[..., None] * a.o + beta[..., None] * b.o)
 
 
 def add_logit(state: State, s: Array) -> State:
@@ -86,9 +100,4 @@ def finish(state: State) -> tuple[Array, Array]:
     """Output (T, H) and natural-log lse (T,). A row that has seen no key gives 0 and -inf."""
     empty = state.l == 0
     l = jnp.where(empty, 1, state.l)
-    return state.o / l[:, None], jnp.where(empty, -jnp.inf, state.m + jnp.log(l))
-
-
-def _finite(m: Array) -> Array:
-    """m as a shift: a row that has seen no key has m = -inf, and -inf - (-inf) would be NaN."""
-    return jnp.where(jnp.isneginf(m), 0, m)
+    return state.o / l[..., None], jnp.where(empty, -jnp.inf, state.m + jnp.log(l))

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from ._block_sizes import heads_per_step
+from ._block_sizes import elements_per_step, heads_per_step
 from ._dropout import drop
 from ._machine import machine
 from ._query_tile import Axis, QueryTile
@@ -44,8 +44,8 @@ class Operands(NamedTuple):
     """What may be traced. An array's first axis is the batch, of size B or 1."""
 
     q: Array  # (B, N, T, H) or (B, T, N, H), as the layout says; uint8 where quantized
-    k: Array  # (B, K, S, H): read once per query tile, so heads come first; int8 where quantized
-    v: Array  # (B, K, S, Hv), as k
+    k: Array  # (B, K, S, H) or (B, S, K, H), alike; int8 where quantized
+    v: Array  # (B, K, S, Hv) or (B, S, K, Hv), as k
     scores: Scores
     sinks: Array | None = None  # (B, N): one more logit in the denominator
     dropout_key: Array | None = None  # (B, 2) uint32
@@ -84,6 +84,8 @@ class Static(NamedTuple):
     layout: Layout  # of queries and output
     batch: int  # B of one call: more rows than that are vmapped calls
     dtype: np.dtype  # of the output
+    # Of keys and values. Read once per tile of queries, they come heads first where these are many.
+    kv_layout: Layout = Layout.HEADS_FIRST
     dropout_rate: float = 0.0
     probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
 
@@ -104,7 +106,7 @@ class Dimensions(NamedTuple):
     def of(cls, operands: Operands, static: Static) -> Dimensions:
         q, k, v, *_ = operands
         rows = [x.shape[0] for x in jax.tree.leaves(operands)]
-        (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), k.shape
+        (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), static.kv_layout.sizes(k)
         acc = accumulator(static.dtype)
         return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
 
@@ -114,25 +116,36 @@ class Dimensions(NamedTuple):
 
 
 def over_query_tiles(
-    operands: Operands, static: Static, step: Callable[[QueryTile, C], C], carry: C, copies: int
+    operands: Operands,
+    static: Static,
+    step: Callable[[QueryTile, C], C],
+    carry: C,
+    copies: int,
+    several: bool = False,
 ) -> C:
     """Folds ``step`` over every tile of queries.
 
     Args:
         copies: how many arrays of a tile's scores live at once in a step.
+        several: whether a step can do several batch elements.
     """
     dims = Dimensions.of(operands, static)
     q, kv = Axis.of(dims.T, static.blocks.q), Axis.of(dims.S, static.blocks.kv)
     groups = dims.N // dims.K
     heads = heads_per_step(machine(), dims.K, groups * q.block, kv.block, copies)
+    elements = 1
+    if several and kv.count == 1 and heads == dims.K:
+        scores, keys = dims.N * q.block * kv.block, dims.K * dims.S * (dims.H + dims.Hv)
+        elements = elements_per_step(machine(), dims.rows, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:
         row, count = jnp.divmod(count, np.int32(dims.K // heads * q.count))
         group, i = jnp.divmod(count, np.int32(q.count))
-        batch = (dims.rows, static.batch)
-        return step(QueryTile(q, kv, row, batch, group * heads, heads, groups, i), carry)
+        row, batch = row * elements, (dims.rows, static.batch)
+        at = (row, batch, row % np.int32(static.batch), group * heads, heads, groups, i, elements)
+        return step(QueryTile(q, kv, *at), carry)
 
-    steps = dims.rows * (dims.K // heads) * q.count
+    steps = dims.rows // elements * (dims.K // heads) * q.count
     return _loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
 
 
@@ -146,6 +159,8 @@ def over_key_tiles(
     """Folds ``full`` over the key tiles that need no mask, then ``partial`` over those that do."""
     scores = operands.scores
     carry = varying_as(operands, carry)
+    if tile.kv.count == 1:
+        return (full if scores.always_full(tile.kv) else partial)(jnp.int32(0), carry)
     if scores.always_full(tile.kv):
         return _loop(np.int32(0), np.int32(tile.kv.count), full, carry)
     order, count, end = visits(scores.schedule_row(tile))
@@ -173,10 +188,10 @@ def q_tile(static: Static, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
     return taken.reshape(tile.heads, tile.rows, x.shape[-1]).astype(dtype)
 
 
-def kv_tile(tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
+def kv_tile(static: Static, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
     """(heads, block_kv, H) of key tile j of x, laid out as keys."""
     start, row = tile.kv.start(j), tile.row_of(x)
-    taken = take_tile(Layout.HEADS_FIRST, x, row, tile.head, tile.heads, start, tile.kv.block)
+    taken = take_tile(static.kv_layout, x, row, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
 
 

@@ -15,6 +15,7 @@ from jax import Array, lax, vmap
 from jax import numpy as jnp
 
 from . import _online_softmax as online
+from ._exp import exp
 from ._machine import machine
 from ._operands import Operands, Static, kv_tile, q_tile
 from ._query_tile import QueryTile
@@ -27,9 +28,10 @@ class Products(NamedTuple):
 
     scores: Callable[[Array], Array]  # j -> scale * q . k, (heads, rows, block_kv)
     values: Callable[[Array], Array]  # j -> v (heads, block_kv, Hv)
-    weigh: Callable[[Array, Array], Array]  # p (rows, block_kv), v of one head -> p v (rows, Hv)
+    weigh: Callable[[Array, Array], Array]  # p (heads, rows, block_kv), v -> p v (heads, rows, Hv)
     finish: Callable[[Array], Array]  # sums of p v (heads, rows, Hv) -> in the unit of the values
-    absorb: Callable[..., online.State]  # (state, s, v, weigh) of one head
+    absorb: Callable[..., online.State] = online.absorb  # (state, s, v, weigh, exp) -> state
+    exp: Callable[[Array], Array] = exp
 
 
 def float_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
@@ -39,11 +41,10 @@ def float_products(operands: Operands, static: Static, tile: QueryTile) -> Produ
     acc = accumulator(static.dtype)
     q = operands.scores.scaled(tile, q_tile(static, tile, operands.q, acc))
     return Products(
-        scores=lambda j: operands.scores.products(q, kv_tile(tile, operands.k, j, acc)),
-        values=lambda j: kv_tile(tile, operands.v, j, acc),
+        scores=lambda j: operands.scores.products(q, kv_tile(static, tile, operands.k, j, acc)),
+        values=lambda j: kv_tile(static, tile, operands.v, j, acc),
         weigh=online.dot,
         finish=lambda o: o,
-        absorb=online.absorb,
     )
 
 
@@ -52,16 +53,15 @@ def _bfloat16_products(operands: Operands, static: Static, tile: QueryTile) -> P
     q, scale = q_tile(static, tile, operands.q, dtype), tile.of_element(operands.scores.scale)
 
     def scores(j: Array) -> Array:
-        k = kv_tile(tile, operands.k, j, dtype)
+        k = kv_tile(static, tile, operands.k, j, dtype)
         # Scaled afterwards: a scaled query would have to be rounded.
         return rounded(vmap(dot_bfloat16)(q, k) * scale)
 
     return Products(
         scores=scores,
-        values=lambda j: kv_tile(tile, operands.v, j, dtype),
-        weigh=weigh_bfloat16,
+        values=lambda j: kv_tile(static, tile, operands.v, j, dtype),
+        weigh=vmap(weigh_bfloat16),
         finish=lambda o: o,
-        absorb=online.absorb,
     )
 
 

@@ -10,11 +10,18 @@ head n // groups.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+_ELEMENTS = "flash_jax.elements"  # the axis of the vmap in ``QueryTile.each``
 
 
 class Range(NamedTuple):
@@ -52,27 +59,31 @@ class Axis(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """Query tile i of some heads of one batch element.
+    """Query tile i of some heads of one batch element, or of several: see ``each``.
 
     Attributes:
         q: how the queries are cut.
         kv: how the keys are cut.
         row: which batch element of which vmapped call: call * B + element.
         batch: how many rows there are, and B.
+        element: which batch element of its call.
         head: the first key/value head.
         heads: how many key/value heads.
         groups: query heads per key/value head.
         i: which tile.
+        elements: how many rows in a row share the tile.
     """
 
     q: Axis
     kv: Axis
     row: Array
     batch: tuple[int, int]
+    element: Array
     head: Array
     heads: int
     groups: int
     i: Array
+    elements: int = 1
 
     @property
     def n(self) -> Array:
@@ -115,10 +126,42 @@ class QueryTile(NamedTuple):
         x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
         return x.reshape(self.heads, self.rows, -1)
 
-    @property
-    def element(self) -> Array:
-        """Which batch element of its call."""
-        return self.row % np.int32(self.batch[1])
+    def each(self, function: Callable[[QueryTile, A], R], arrays: A) -> R:
+        """function(tile, arrays) of every batch element, its results along a first axis.
+
+        The function sees a tile of one element, and arrays with the row of that element only. It is
+        mapped by ``vmap``, where a loop would run until its last element is done: it has none.
+        """
+        if self.elements == 1:
+            return jax.tree.map(lambda x: x[None], function(self, arrays))
+        count = lax.iota(np.int32, self.elements)
+
+        def part(x: Array) -> Array:
+            """The rows of x that serve these elements, or the only one."""
+            served = self.batch[0] // x.shape[0]
+            if served == 1:
+                return lax.dynamic_slice_in_dim(x, self.row, self.elements)
+            return x if x.shape[0] == 1 else x[(self.row + count) // np.int32(served)]
+
+        def of_one(element: Array, leaves: list[Array]) -> R:
+            rows = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
+            tile = self._replace(row=np.int32(0), batch=(1, 1), element=element)
+            return function(tile, jax.tree.unflatten(tree, rows))
+
+        leaves, tree = jax.tree.flatten(arrays)
+        axes = [None if x.shape[0] == 1 else 0 for x in leaves]
+        elements = (self.element + count) % np.int32(self.batch[1])
+        mapped = jax.vmap(of_one, in_axes=(0, axes), axis_name=_ELEMENTS)
+        return mapped(elements, [part(x) for x in leaves])
+
+    def in_every_element(self, condition: Array) -> Array:
+        """Whether the condition holds in all batch elements of the tile: one bool for a ``cond``.
+
+        Of a bool per element ``vmap`` would make a select, and run both branches.
+        """
+        if self.elements == 1:
+            return condition
+        return lax.psum((~condition).astype(np.int32), _ELEMENTS) == 0
 
     def row_of(self, x: Array) -> Array:
         """Index into the first axis of x, each entry of which serves equally many rows."""

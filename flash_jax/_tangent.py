@@ -61,11 +61,11 @@ def tangent(
     def step(tile: QueryTile, d_results: tuple[Array, Array]) -> tuple[Array, Array]:
         d_out, d_lse = _tangent_tile(operands, results, tangents, static, tile)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
-        shape = (tile.heads * tile.groups, tile.q.block)
+        shape = (1, tile.heads * tile.groups, tile.q.block)
         d_out = d_out.reshape(*shape, dims.Hv).astype(results.out.dtype)
         return (
             put_tile(static.layout, d_results[0], d_out, tile.row, n, t),
-            lax.dynamic_update_slice(d_results[1], d_lse.reshape(1, *shape), (tile.row, n, t)),
+            lax.dynamic_update_slice(d_results[1], d_lse.reshape(shape), (tile.row, n, t)),
         )
 
     return over_query_tiles(operands, static, step, d_results, copies=3)
@@ -80,7 +80,7 @@ def _tangent_tile(
     m, l = (query_rows(tile, x) for x in (results.m, results.l))
 
     def logits(operands: Operands, j: Array) -> Array:
-        q, k = q_tile(static, tile, operands.q, acc), kv_tile(tile, operands.k, j, acc)
+        q, k = q_tile(static, tile, operands.q, acc), kv_tile(static, tile, operands.k, j, acc)
         scores = operands.scores
         s = scores.products(scores.scaled(tile, q), k)
         return scores.logits(tile, j, scores.local(tile, j), s)
@@ -101,9 +101,9 @@ def _tangent_tile(
             weights = kept_weights(operands, static, tile, j)
             if weights is not None:
                 p, dp = p * weights, dp * weights
-            d_out += jax.vmap(dot)(dp, clean(kv_tile(tile, operands.v, j, acc)))
+            d_out += dot(dp, clean(kv_tile(static, tile, operands.v, j, acc)))
             if tangents.v is not None:
-                d_out += jax.vmap(dot)(p, clean(kv_tile(tile, tangents.v, j, acc)))
+                d_out += dot(p, clean(kv_tile(static, tile, tangents.v, j, acc)))
             return d_out, d_lse
 
         return absorb
