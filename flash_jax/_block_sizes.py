@@ -22,6 +22,21 @@ _MAX_BLOCK_KV = 1024
 FUSED_KEYS = 256
 
 
+_MOST_ROWS = 8
+_MOST_COLUMNS = 64
+_STREAMED_KEYS = 512
+
+
+def few_rows(rows: int, heads: int) -> bool:
+    """Whether reading the keys and values takes longer than multiplying them.
+
+    Args:
+        rows: rows of scores of one key/value head.
+        heads: key/value heads.
+    """
+    return rows <= _MOST_ROWS and rows * heads <= _MOST_COLUMNS
+
+
 def score_bytes(machine: Machine) -> int:
     """Bytes of scores that one step should hold."""
     return min(_MAX_SCORE_BYTES, 2 * machine.cores * machine.l2)
@@ -32,6 +47,7 @@ def fastest_blocks(
     T: int,
     S: int,
     head_dim: int,
+    heads: int,
     groups: int,
     masked: bool,
     reach: int | None = None,
@@ -44,6 +60,7 @@ def fastest_blocks(
     long.
 
     Args:
+        heads: key/value heads.
         groups: query heads per key/value head; their rows share a tile.
         masked: whether tiles may be partial or skipped.
         reach: how many keys a query may read at the most, where that is known.
@@ -60,6 +77,10 @@ def fastest_blocks(
     if reach is not None:
         block_kv = min(512, max(128, _power_of_two(reach)))
         block_q = 2 * block_kv
+    if few_rows(T * groups, heads):
+        # Read where they lie where that is all of them, else in tiles that the caches hold.
+        whole = 4 * heads * groups * T * S <= score_bytes(machine)
+        return BlockSizes(T, S if whole and not masked else _even(S, _STREAMED_KEYS))
     if coarse:
         # Down to there it costs next to nothing. A masked tile should divide block_q.
         block_kv = min(block_kv, 256 if masked else 192)

@@ -94,5 +94,7 @@ class FlashAttentionConfig:
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)
         S = positive_integer("seq_len_kv", seq_len_kv)
-        blocks = fastest_blocks(machine(), T, S, head_dim, groups=1, masked=causal, coarse=int8)
+        blocks = fastest_blocks(
+            machine(), T, S, head_dim, heads=1, groups=1, masked=causal, coarse=int8
+        )
         return cls(*blocks, head_dim, causal, softmax_scale)

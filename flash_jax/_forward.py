@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from . import _online_softmax as online
-from ._block_sizes import FUSED_KEYS
+from ._block_sizes import FUSED_KEYS, few_rows
 from ._int8 import int8_products
 from ._operands import (
     Dimensions,
@@ -27,7 +27,8 @@ from ._operands import (
 )
 from ._products import float_products
 from ._query_tile import QueryTile
-from ._tiles import put_tile
+from ._streaming import streaming_products
+from ._tiles import Layout, put_tile
 
 
 class Results(NamedTuple):
@@ -80,6 +81,8 @@ def _attend(operands: Operands, static: Static, tile: QueryTile) -> online.State
     """The state (heads, rows) of one query tile after all the keys its rows may read."""
     scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, static).acc
     of_format = float_products if operands.quantization is None else int8_products
+    if static.kv_layout is Layout.HEADS_LAST and few_rows(tile.rows, tile.heads):
+        of_format = streaming_products
     products = of_format(operands, static, tile)
 
     # Of a kept value that is NaN or infinite the output tells; a masked one must not be multiplied.

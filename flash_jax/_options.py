@@ -104,9 +104,9 @@ def bind_options(
     blocks = options.blocks
     if blocks is None:
         masked = scores.mask is not None
-        groups = max(1, N // max(K, 1))
+        K, groups = max(K, 1), max(1, N // max(K, 1))
         coarse = options.probabilities == np.uint8
-        blocks = fastest_blocks(machine(), T, S, H, groups, masked, options.reach, coarse)
+        blocks = fastest_blocks(machine(), T, S, H, K, groups, masked, options.reach, coarse)
     return Bound(scores, real("sinks", "N"), blocks)
 
 

@@ -27,7 +27,7 @@ class Products(NamedTuple):
     """What the scan over the key tiles of one query tile multiplies."""
 
     scores: Callable[[Array], Array]  # j -> scale * q . k, (heads, rows, block_kv)
-    values: Callable[[Array], Array]  # j -> v (heads, block_kv, Hv)
+    values: Callable[[Array], Array]  # j -> v (heads, block_kv, Hv), or as weigh takes it
     weigh: Callable[[Array, Array], Array]  # p (heads, rows, block_kv), v -> p v (heads, rows, Hv)
     finish: Callable[[Array], Array]  # sums of p v (heads, rows, Hv) -> in the unit of the values
     absorb: Callable[..., online.State] = online.absorb  # (state, s, v, weigh, exp) -> state
@@ -36,7 +36,7 @@ class Products(NamedTuple):
 
 def float_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
     """The products of floats."""
-    if operands.q.dtype == jnp.bfloat16 and machine().bfloat16:
+    if product_dtype(operands) == jnp.bfloat16:
         return _bfloat16_products(operands, static, tile)
     acc = accumulator(static.dtype)
     q = operands.scores.scaled(tile, q_tile(static, tile, operands.q, acc))
@@ -46,6 +46,13 @@ def float_products(operands: Operands, static: Static, tile: QueryTile) -> Produ
         weigh=online.dot,
         finish=lambda o: o,
     )
+
+
+def product_dtype(operands: Operands) -> np.dtype:
+    """What queries and keys are multiplied in."""
+    if operands.q.dtype == jnp.bfloat16 and machine().bfloat16:
+        return jnp.dtype(jnp.bfloat16)
+    return accumulator(operands.q.dtype)
 
 
 def _bfloat16_products(operands: Operands, static: Static, tile: QueryTile) -> Products:

@@ -34,12 +34,19 @@ class Layout(enum.Enum):
         return x.shape[B], x.shape[N], x.shape[T], x.shape[H]
 
 
+def slice_tile(
+    layout: Layout, x: Array, row: Array, head: Array, heads: int, start: Array, size: int
+) -> Array:
+    """``take_tile``, with the axes as the layout has them."""
+    sizes = layout.axes(1, heads, size, x.shape[-1])
+    return lax.dynamic_slice(x, layout.axes(row, head, start, _ZERO), sizes)[0]
+
+
 def take_tile(
     layout: Layout, x: Array, row: Array, head: Array, heads: int, start: Array, size: int
 ) -> Array:
     """(heads, size, H): positions start..start+size-1 of some heads of one batch element."""
-    sizes = layout.axes(1, heads, size, x.shape[-1])
-    tile = lax.dynamic_slice(x, layout.axes(row, head, start, _ZERO), sizes)[0]
+    tile = slice_tile(layout, x, row, head, heads, start, size)
     if layout is Layout.HEADS_LAST and jnp.issubdtype(x.dtype, jnp.floating):
         tile = jnp.where(jnp.isnan(tile), jnp.nan, tile)  # XLA transposes a select twice as fast
     return jnp.moveaxis(tile, layout.value - 1, 1)

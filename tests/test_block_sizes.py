@@ -15,7 +15,7 @@ LARGE = Machine(cores=64, l1=48 * 2**10, l2=2 * 2**20, l3=2**28, measured=True)
     ("T", "S"), [(1, 1), (17, 5), (1025, 1025), (2048, 2048), (1, 10**6), (10**6, 1)]
 )
 def test_tiles_fit_the_machine_and_the_lengths(here, causal, head_dim, T, S):
-    q, kv = fastest_blocks(here, T, S, head_dim, 1, causal)
+    q, kv = fastest_blocks(here, T, S, head_dim, 1, 1, causal)
     assert 1 <= q <= T
     assert 1 <= kv <= S
     assert 4 * q * kv <= score_bytes(here)
@@ -34,7 +34,7 @@ def test_heads_per_step_divide_the_heads_and_fit(heads):
 
 def test_auto_uses_this_machines_rule():
     config = FlashAttentionConfig.auto(64, 4096, 2048, causal=True)
-    assert config.block_sizes == fastest_blocks(machine(), 4096, 2048, 64, 1, True)
+    assert config.block_sizes == fastest_blocks(machine(), 4096, 2048, 64, 1, 1, True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
