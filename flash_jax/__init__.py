@@ -25,5 +25,6 @@ from ._reference import reference_attention as reference_attention
 from ._schedule import BlockSchedule as BlockSchedule
 from ._schedule import block_schedule as block_schedule
 from ._shapes import BlockSizes as BlockSizes
+from ._tune import tune as tune
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ system, and every call pays for fresh pages.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from ._machine import Machine
 from ._shapes import BlockSizes
@@ -42,31 +43,41 @@ def score_bytes(machine: Machine) -> int:
     return min(_MAX_SCORE_BYTES, 2 * machine.cores * machine.l2)
 
 
-def fastest_blocks(
-    machine: Machine,
-    T: int,
-    S: int,
-    head_dim: int,
-    heads: int,
-    groups: int,
-    masked: bool,
-    reach: int | None = None,
-    coarse: bool = False,
-) -> BlockSizes:
-    """Tiles for T queries over S keys.
+class Problem(NamedTuple):
+    """What the choice of tiles depends on.
 
-    Key tiles grow with the head size, since the work per score does. A masked call wants smaller
-    tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
-    long.
-
-    Args:
+    Attributes:
+        T: queries.
+        S: keys.
+        head_dim: size of a head.
         heads: key/value heads.
         groups: query heads per key/value head; their rows share a tile.
         masked: whether tiles may be partial or skipped.
         reach: how many keys a query may read at the most, where that is known.
         coarse: whether probabilities are rounded relative to the largest in their tile: the
             shorter it is, the finer they are.
+        dtype: what is multiplied.
     """
+
+    T: int
+    S: int
+    head_dim: int
+    heads: int = 1
+    groups: int = 1
+    masked: bool = False
+    reach: int | None = None
+    coarse: bool = False
+    dtype: str = "float32"
+
+
+def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
+    """Tiles for a problem, by the rule.
+
+    Key tiles grow with the head size, since the work per score does. A masked call wants smaller
+    tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
+    long.
+    """
+    T, S, head_dim, heads, groups, masked, reach, coarse, _ = problem
     T, S = max(T, 1), max(S, 1)
     block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(512, _power_of_two(8 * head_dim)))
     if S <= _MAX_BLOCK_KV and not masked:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 import numbers
 
-from ._block_sizes import fastest_blocks
-from ._machine import machine
+from ._block_sizes import Problem
+from ._choices import best_blocks
 from ._shapes import BlockSizes, positive_integer
 
 
@@ -94,7 +94,7 @@ class FlashAttentionConfig:
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)
         S = positive_integer("seq_len_kv", seq_len_kv)
-        blocks = fastest_blocks(
-            machine(), T, S, head_dim, heads=1, groups=1, masked=causal, coarse=int8
-        )
+        dtype = "int8" if int8 else "float32"
+        problem = Problem(T, S, head_dim, masked=causal, coarse=int8, dtype=dtype)
+        blocks = best_blocks(problem)
         return cls(*blocks, head_dim, causal, softmax_scale)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from importlib.metadata import version
-from pathlib import Path
 
 from . import __version__
+from ._choices import path, stored
 from ._config import FlashAttentionConfig
-from ._machine import Machine, machine
+from ._machine import Machine, machine, processor
 
-_CPUINFO = Path("/proc/cpuinfo")
 _DEFAULT_VECTOR_WIDTH = 256
 _LENGTHS = (512, 2048, 8192, 32768, 131072)
 _HEAD_DIMS = (64, 128)
@@ -33,29 +31,8 @@ def hardware() -> Rows:
         ("processor", processor()),
         *caches(machine()),
         ("vector width", vector_width(os.environ.get("XLA_FLAGS", ""))),
+        ("tuned tiles", f"{len(stored())} in {path()}"),
     ]
-
-
-def processor() -> str:
-    """Its name, or at least its architecture."""
-    names = _darwin_processor() if platform.system() == "Darwin" else _linux_processor(_CPUINFO)
-    return names or platform.processor() or platform.machine() or "unknown"
-
-
-def _linux_processor(cpuinfo: Path) -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-    except (OSError, ValueError):
-        return ""
-    return found[1].strip() if found else ""
-
-
-def _darwin_processor() -> str:
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
 
 
 def caches(found: Machine) -> Rows:

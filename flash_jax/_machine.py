@@ -66,6 +66,29 @@ def _multiplies_bfloat16(cpuinfo: Path) -> bool:
     return bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[1].split()))
 
 
+@functools.cache
+def processor() -> str:
+    """Its name, or at least its architecture."""
+    names = _darwin_processor() if platform.system() == "Darwin" else _linux_processor(_CPUINFO)
+    return names or platform.processor() or platform.machine() or "unknown"
+
+
+def _linux_processor(cpuinfo: Path) -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return ""
+    return found[1].strip() if found else ""
+
+
+def _darwin_processor() -> str:
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+
+
 def _darwin_caches() -> dict[int, int]:
     sizes = {}
     for level, name in ((1, "hw.l1dcachesize"), (2, "hw.l2cachesize"), (3, "hw.l3cachesize")):

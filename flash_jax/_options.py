@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from ._block_sizes import fastest_blocks
-from ._machine import machine
+from ._block_sizes import Problem
+from ._choices import best_blocks, tuned
 from ._masks import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
 from ._scores import Scores
 from ._shapes import (
@@ -38,15 +38,20 @@ class Options(NamedTuple):
     window: tuple[int | None, int | None] | None
     blocks: BlockSizes | None
     probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
+    tuned: int = 0  # state of the tuned tiles: a call after a ``tune`` is traced anew
 
-    @property
-    def reach(self) -> int | None:
-        """How many keys a query may read at the most; None: no bound is known."""
-        if self.window is None:
-            return None
-        left, right = self.window
-        right = 0 if self.is_causal else right
-        return None if left is None or right is None else left + right + 1
+    def problem(self, query: Any, key: Any, masked: bool) -> Problem:
+        """What the choice of tiles for query (..., T, N, H) and key (..., S, K, H) depends on."""
+        (T, N, H), (S, K) = query.shape[-3:], key.shape[-3:-1]
+        reach = None
+        if self.window is not None:
+            left, right = self.window
+            right = 0 if self.is_causal else right
+            reach = None if left is None or right is None else left + right + 1
+        dtype = query.dtype.name if self.probabilities is None else "int8"
+        coarse = self.probabilities == np.uint8
+        heads, groups = max(K, 1), max(1, N // max(K, 1))
+        return Problem(T, S, H, heads, groups, masked, reach, coarse, dtype)
 
 
 class Bound(NamedTuple):
@@ -73,6 +78,7 @@ def check_options(
         is_causal=check_bool("is_causal", is_causal),
         window=check_window("local_window_size", local_window_size),
         blocks=None if block_sizes is None else as_block_sizes(block_sizes),
+        tuned=tuned() if block_sizes is None else 0,
     )
 
 
@@ -85,7 +91,7 @@ def bind_options(
     batched: bool,
 ) -> Bound:
     """Options that fit query (B, T, N, H) and key (B, S, K, H); batched: not without B."""
-    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    (B, T, N, H), S = query.shape, key.shape[1]
     sizes, acc = Sizes(B, N, T, S, batched), accumulator(query.dtype)
 
     def real(name: str, axes: str) -> Array | None:
@@ -104,9 +110,7 @@ def bind_options(
     blocks = options.blocks
     if blocks is None:
         masked = scores.mask is not None
-        K, groups = max(K, 1), max(1, N // max(K, 1))
-        coarse = options.probabilities == np.uint8
-        blocks = fastest_blocks(machine(), T, S, H, K, groups, masked, options.reach, coarse)
+        blocks = best_blocks(options.problem(query, key, masked))
     return Bound(scores, real("sinks", "N"), blocks)
 
 

@@ -1,7 +1,13 @@
 import pytest
 
 from flash_jax import FlashAttentionConfig, _machine
-from flash_jax._block_sizes import fastest_blocks, heads_per_step, score_bytes
+from flash_jax._block_sizes import (
+    Problem,
+    elements_per_step,
+    fastest_blocks,
+    heads_per_step,
+    score_bytes,
+)
 from flash_jax._machine import DEFAULT_CACHES, Machine, machine
 
 SMALL = Machine(cores=2, l1=32 * 2**10, l2=2**20, l3=0, measured=True)
@@ -15,7 +21,7 @@ LARGE = Machine(cores=64, l1=48 * 2**10, l2=2 * 2**20, l3=2**28, measured=True)
     ("T", "S"), [(1, 1), (17, 5), (1025, 1025), (2048, 2048), (1, 10**6), (10**6, 1)]
 )
 def test_tiles_fit_the_machine_and_the_lengths(here, causal, head_dim, T, S):
-    q, kv = fastest_blocks(here, T, S, head_dim, 1, 1, causal)
+    q, kv = fastest_blocks(here, Problem(T, S, head_dim, masked=causal))
     assert 1 <= q <= T
     assert 1 <= kv <= S
     assert 4 * q * kv <= score_bytes(here)
@@ -32,9 +38,26 @@ def test_heads_per_step_divide_the_heads_and_fit(heads):
             assert n == 1 or 4 * n * rows * 512 * copies <= score_bytes(SMALL)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 12, 64, 1009])
+@pytest.mark.parametrize("scores", [1, 10**4, 10**6, 10**8])
+@pytest.mark.parametrize("keys", [1, 10**6])
+def test_batch_elements_per_step_divide_the_batch_and_fit(rows, scores, keys):
+    n = elements_per_step(SMALL, rows, scores, keys)
+    assert rows % n == 0
+    assert n == 1 or 4 * n * scores <= score_bytes(SMALL)
+    # What a step copies out of the batch fits, too; all of it is not copied.
+    assert n in (1, rows) or 4 * n * keys <= score_bytes(SMALL)
+
+
+def test_few_queries_over_all_keys_take_one_tile_and_a_padded_cache_several():
+    problem = Problem(1, 4099, 64, heads=4, groups=2)
+    assert fastest_blocks(SMALL, problem) == (1, 4099)
+    assert fastest_blocks(SMALL, problem._replace(masked=True)).kv < 1024
+
+
 def test_auto_uses_this_machines_rule():
     config = FlashAttentionConfig.auto(64, 4096, 2048, causal=True)
-    assert config.block_sizes == fastest_blocks(machine(), 4096, 2048, 64, 1, 1, True)
+    assert config.block_sizes == fastest_blocks(machine(), Problem(4096, 2048, 64, masked=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from flash_jax import __version__, _demo, _info
+from flash_jax import __version__, _demo, _info, _machine
 from flash_jax.__main__ import main
 from flash_jax._machine import DEFAULT_CACHES, Machine
 from flash_jax._schedule import BlockSizes
@@ -446,10 +446,10 @@ def test_assumed_caches_are_called_so():
 
 
 def test_processor_has_a_name_where_cpuinfo_has_none(tmp_path):
-    assert _info._linux_processor(tmp_path / "missing") == ""
+    assert _machine._linux_processor(tmp_path / "missing") == ""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
-    assert _info._linux_processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
-    assert _info.processor()
+    assert _machine._linux_processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
+    assert _machine.processor()
 
 
 # --- The rest

@@ -6,7 +6,7 @@ import concurrent.futures
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jax import numpy as jnp
 
 from .cases import Case
 from .subjects import OURS, SUBJECTS, random_inputs
+
+Name = TypeVar("Name")
 
 _CHECKED_ROWS = 64
 _MATMUL = 2048
@@ -86,7 +88,7 @@ def compare_alone(case: Case, rounds: int) -> Comparison:
         return pool.submit(compare, case, rounds).result()
 
 
-def alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+def alternate(runs: dict[Name, Callable[[], object]], rounds: int) -> dict[Name, np.ndarray]:
     """Seconds of every run in every round, after two warm-ups."""
     for run in (*runs.values(), *runs.values()):
         run()
