@@ -77,7 +77,7 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
     long.
     """
-    T, S, head_dim, heads, groups, masked, reach, coarse, _ = problem
+    T, S, head_dim, heads, groups, masked, reach, coarse, dtype = problem
     T, S = max(T, 1), max(S, 1)
     block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(512, _power_of_two(8 * head_dim)))
     if S <= _MAX_BLOCK_KV and not masked:
@@ -88,7 +88,7 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     if reach is not None:
         block_kv = min(512, max(128, _power_of_two(reach)))
         block_q = 2 * block_kv
-    if few_rows(T * groups, heads):
+    if few_rows(T * groups, heads) and dtype != "int8":
         # Read where they lie where that is all of them, else in tiles that the caches hold.
         whole = 4 * heads * groups * T * S <= score_bytes(machine)
         return BlockSizes(T, S if whole and not masked else _even(S, _STREAMED_KEYS))
