@@ -43,5 +43,5 @@ def test_every_public_name_is_in_the_reference(name):
     assert listed.count(name) == 1
 
 
-def test_the_installed_version_is_the_package_s():
+def test_the_installed_version_is_the_imported_one():
     assert importlib.metadata.version("flash-jax") == flash_jax.__version__
