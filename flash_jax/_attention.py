@@ -55,8 +55,10 @@ def flash_attention(
             empties are skipped.
         scale: factor on the products; a number or a traced scalar; default ``1 / sqrt(H)``.
         is_causal: query t reads keys 0..t + query_offset. For T = 2, S = 4 and query_offset 0 the
-            kept pairs are  1 0 0 0
-                            1 1 0 0
+            kept pairs are::
+
+                1 0 0 0
+                1 1 0 0
         query_seq_lengths: int32 (B,): later queries are padding, and read no key.
         key_value_seq_lengths: int32 (B,): later keys are padding, and are not read.
         local_window_size: w or (left, right), >= 0 or None for an open side: query t reads keys

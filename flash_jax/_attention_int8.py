@@ -73,7 +73,7 @@ def flash_attention_int8(
         alibi_slopes: as there.
         probability_dtype: what probabilities are rounded to before they meet the values: uint8,
             relative to the row's largest in each tile, is fastest; bfloat16 is within 2/255 of
-            max |v| for every input; float32 is exact. (``flash_jax._int8`` derives the bounds.)
+            ``max |v|`` for every input; float32 is exact. (``flash_jax._int8`` derives the bounds.)
         block_sizes: as there. Longer tiles of keys make uint8 probabilities coarser.
 
     Returns:

@@ -51,7 +51,7 @@ class FlashAttentionConfig:
 
     @property
     def block_sizes(self) -> BlockSizes:
-        """Positions per tile: queries and keys."""
+        """Positions per tile, of queries and of keys."""
         return BlockSizes(self.block_size_q, self.block_size_kv)
 
     @property
@@ -64,14 +64,24 @@ class FlashAttentionConfig:
     def for_head_dim(
         cls, head_dim: int, *, causal: bool = False, softmax_scale: float | None = None
     ) -> FlashAttentionConfig:
-        """64 x 64 tiles."""
+        """64 x 64 tiles.
+
+        Example:
+            >>> FlashAttentionConfig.for_head_dim(64).softmax_scale
+            0.125
+        """
         return cls(64, 64, head_dim, causal, softmax_scale)
 
     @classmethod
     def for_long_sequence(
         cls, head_dim: int, *, causal: bool = False, softmax_scale: float | None = None
     ) -> FlashAttentionConfig:
-        """32 x 128 tiles."""
+        """32 x 128 tiles.
+
+        Example:
+            >>> FlashAttentionConfig.for_long_sequence(64).block_sizes
+            BlockSizes(q=32, kv=128)
+        """
         return cls(32, 128, head_dim, causal, softmax_scale)
 
     @classmethod
@@ -90,6 +100,11 @@ class FlashAttentionConfig:
         With ``int8`` those of the int8 kernels, whose uint8 probabilities shorter tiles of keys
         make finer. They follow from the number of cores and the size of their L2 caches. Where that
         can't be read, it is taken to be 1 MiB. ``python -m flash_jax info`` shows what was found.
+
+        Example:
+            >>> config = FlashAttentionConfig.auto(64, seq_len_q=1000, seq_len_kv=1000, causal=True)
+            >>> config.head_dim, config.causal
+            (64, True)
         """
         head_dim = positive_integer("head_dim", head_dim)
         T = positive_integer("seq_len_q", seq_len_q)

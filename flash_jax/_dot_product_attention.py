@@ -46,8 +46,8 @@ def dot_product_attention(
             dtype, without a gradient.
 
     Returns:
-        As there, but for a row that may read no key: it is zero here, with residual -inf, and the
-        mean of value there.
+        As there, but for a row that may read no key, which is zero here, with residual -inf, and
+        the mean of value there.
 
     Raises:
         ValueError, TypeError: as ``flash_attention``.

@@ -42,8 +42,18 @@ _NAMED: dict[Any, Any] = {name: operator_ for operator_, name in _OPERATORS.item
 class Mask:
     """Which pairs of query and key are kept; the base of all masks.
 
+    ``a & b`` keeps the pairs that both keep, ``a | b`` those that either keeps.
+
     Masks are used bound: ``bind`` checks the arrays against the sizes of a call and gives each a
     first axis of size B or 1, ``keep`` and ``tiles`` then read them through a ``QueryTile``.
+
+    Example:
+        >>> prefix_lm = PrefixMask(2) | CausalMask()
+        >>> print((prefix_lm & LengthMask(kv=3)).to_array(4, 4).astype(int))
+        [[1 1 0 0]
+         [1 1 0 0]
+         [1 1 1 0]
+         [1 1 1 0]]
     """
 
     arrays: ClassVar[dict[str, str]] = {}  # the fields that hold arrays, and their axes but B
@@ -94,6 +104,10 @@ class Mask:
             ValueError: a size is not positive, the mask's arrays do not fit it, or it has no such
                 batch element.
             TypeError: a size or an index is no integer.
+
+        Example:
+            >>> CausalMask().to_array(2, 2).tolist()
+            [[True, False], [True, True]]
         """
         T, S = positive_integer("T", T), positive_integer("S", S)
         bound, tile = first_tile(self, T, S, (T, S), batch, head)
@@ -162,10 +176,13 @@ class CombinedMask(Mask):
 class CausalMask(Mask):
     """Query t reads keys 0..t + offset.
 
-    For T = 2, S = 4 and offset 1 the kept pairs are  1 1 0 0
-                                                      1 1 1 0
     Args:
         offset: int32, a scalar or (B,).
+
+    Example:
+        >>> print(CausalMask(offset=1).to_array(2, 4).astype(int))
+        [[1 1 0 0]
+         [1 1 1 0]]
     """
 
     arrays: ClassVar = {"offset": ""}
@@ -195,6 +212,12 @@ class WindowMask(Mask):
     Raises:
         ValueError: a side is negative.
         TypeError: a side is neither an integer nor None.
+
+    Example:
+        >>> print(WindowMask(1, 0).to_array(3, 4).astype(int))
+        [[1 0 0 0]
+         [1 1 0 0]
+         [0 1 1 0]]
     """
 
     arrays: ClassVar = {"offset": ""}
@@ -241,6 +264,13 @@ class SegmentMask(Mask):
     Args:
         q_ids: integers (T,) or (B, T).
         kv_ids: integers (S,) or (B, S).
+
+    Example:
+        >>> ids = jnp.array([7, 7, 9])
+        >>> print(SegmentMask(ids, ids).to_array(3, 3).astype(int))
+        [[1 1 0]
+         [1 1 0]
+         [0 0 1]]
     """
 
     arrays: ClassVar = {"q_ids": "T", "kv_ids": "S"}
@@ -284,6 +314,11 @@ class LengthMask(Mask):
     Args:
         q: int32, a scalar or (B,), or None.
         kv: int32, a scalar or (B,), or None.
+
+    Example:
+        >>> print(LengthMask(q=1, kv=2).to_array(2, 4).astype(int))
+        [[1 1 0 0]
+         [0 0 0 0]]
     """
 
     arrays: ClassVar = {"q": "", "kv": ""}
@@ -318,6 +353,11 @@ class PrefixMask(Mask):
 
     Args:
         n: int32, a scalar or (B,).
+
+    Example:
+        >>> print(PrefixMask(1).to_array(2, 4).astype(int))
+        [[1 0 0 0]
+         [1 0 0 0]]
     """
 
     arrays: ClassVar = {"n": ""}
@@ -342,6 +382,13 @@ class PredicateMask(Mask):
         fn: called under tracing with int32 indices that broadcast together (batch element, query
             head, query, key); returns bool. It should be one function, not a new lambda per call:
             calls are cached by it. It must not close over traced arrays.
+
+    Example:
+        >>> def every_other(b, h, q_index, k_index):
+        ...     return (q_index - k_index) % 2 == 0
+        >>> print(PredicateMask(every_other).to_array(2, 4).astype(int))
+        [[1 0 1 0]
+         [0 1 0 1]]
     """
 
     fn: Callable[[Array, Array, Array, Array], Array]

@@ -42,6 +42,11 @@ class QuantizedArray:
         scales: float32, as many axes: along each, one scale per block, the last of which may be
             shorter. Entry i of an axis belongs to scale ``i // block_shape[axis]``.
         block_shape: positions per scale along each axis.
+
+    Example:
+        >>> x = quantize(jnp.ones((6, 4)), (3, None))
+        >>> x.shape, x.scales.shape, x.nbytes
+        ((6, 4), (2, 1), 32)
     """
 
     values: Array
@@ -65,7 +70,7 @@ class QuantizedArray:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """``block_shape`` of the axes at hand: ``vmap`` takes and adds leading ones."""
+        """``block_shape`` of the axes at hand; ``vmap`` takes and adds leading ones."""
         missing = self.ndim - len(self.block_shape)
         return (1,) * missing + self.block_shape[max(0, -missing) :]
 
@@ -82,7 +87,7 @@ export.register_pytree_node_serialization(
 def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> QuantizedArray:
     """``x`` as int8 with symmetric scales, ``max |x| / 127`` of each block.
 
-    For keys or values (B, S, K, H):
+    For keys or values (B, S, K, H)::
 
         None                     one scale for the whole array
         (1, None, 1, None)       one per head

@@ -67,6 +67,11 @@ class BlockSchedule:
         tiles: (query tiles, key tiles) int32 of ``BlockSchedule.FULL``, ``PARTIAL`` or ``SKIPPED``.
             Where block_q does not divide T, the last tile of queries is moved up to end at T.
         block_sizes: positions per tile.
+
+    Example:
+        >>> from flash_jax import CausalMask
+        >>> block_schedule(CausalMask(), 6, 6, (2, 2)).counts
+        {'full': 3, 'partial': 3, 'skipped': 3}
     """
 
     FULL, PARTIAL, SKIPPED = FULL, PARTIAL, SKIPPED

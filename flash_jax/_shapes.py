@@ -106,7 +106,12 @@ def check_groups(q_name: str, N: int, k_name: str, K: int) -> None:
 
 
 class BlockSizes(NamedTuple):
-    """Positions per tile: queries and keys. They change speed and rounding only."""
+    """Positions per tile: queries and keys. They change speed and rounding only.
+
+    Example:
+        >>> BlockSizes(q=512, kv=256).kv
+        256
+    """
 
     q: int
     kv: int

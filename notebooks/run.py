@@ -1,7 +1,8 @@
-"""Runs the notebooks of this folder, each in a fresh kernel, and writes nothing back.
+"""Runs the notebooks of this folder, each in a fresh kernel, and leaves the files as they are.
 
-    python notebooks/run.py                       # all of them
-    python notebooks/run.py 01_online_softmax     # some of them
+    python notebooks/run.py                           # all of them
+    python notebooks/run.py 01_online_softmax         # some of them
+    python notebooks/run.py --save docs/notebooks     # with their outputs, for the documentation
 
 Fails if a cell fails, or if a notebook was saved with its outputs.
 """
@@ -42,8 +43,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     client.execute()
 
 
-def problem(path: Path) -> str | None:
-    """What is wrong with a notebook, or None."""
+def problem(path: Path, save: Path | None) -> str | None:
+    """What is wrong with a notebook, or None; then ``save`` is the folder for what it came to."""
     notebook = nbformat.read(path, as_version=4)
     if cells := saved_results(notebook):
         return f"cells {cells} have outputs or execution counts; clear them before committing"
@@ -51,6 +52,9 @@ def problem(path: Path) -> str | None:
         execute(notebook)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return str(error)
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, save / path.name)
     return None
 
 
@@ -59,13 +63,15 @@ def main() -> int:
     known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
     parser = argparse.ArgumentParser(description="Run the notebooks of this folder.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    names = [name.removesuffix(".ipynb") for name in parser.parse_args().names] or list(known)
+    parser.add_argument("--save", metavar="FOLDER", type=Path, help="save executed copies there")
+    args = parser.parse_args()
+    names = [name.removesuffix(".ipynb") for name in args.names] or list(known)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"no notebook is called {', '.join(unknown)}; there are {', '.join(known)}")
     failed = False
     for name in names:
         begin = time.perf_counter()
-        error = problem(known[name])
+        error = problem(known[name], args.save)
         verdict = "failed" if error else "ok"
         print(f"{name}  {time.perf_counter() - begin:.1f} s  {verdict}", flush=True)
         if error:

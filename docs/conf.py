@@ -1,0 +1,22 @@
+"""Sphinx: the README, the API reference from the docstrings, and the notebooks as they ran.
+
+python notebooks/run.py --save docs/notebooks && python -m sphinx -W docs build/docs
+"""
+
+import flash_jax
+
+project = "flash_jax"
+release = flash_jax.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+
+html_theme = "sphinx_book_theme"
+html_title = f"flash_jax {release}"
+html_theme_options = {"navbar_persistent": []}  # its search is in the sidebar, too
+
+myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "off"  # notebooks/run.py has run them
+nb_merge_streams = True
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # the text names shapes and dtypes
+napoleon_use_ivar = True
