@@ -20,6 +20,7 @@ from ._masks import PrefixMask as PrefixMask
 from ._masks import SegmentMask as SegmentMask
 from ._masks import WindowMask as WindowMask
 from ._merge import merge_attention as merge_attention
+from ._patch import patch_jax_nn as patch_jax_nn
 from ._quantization import QuantizedArray as QuantizedArray
 from ._quantization import dequantize as dequantize
 from ._quantization import quantize as quantize
