@@ -6,6 +6,8 @@ from ._attention_int8 import flash_attention_int8 as flash_attention_int8
 from ._attention_int8 import flash_attention_int8_with_lse as flash_attention_int8_with_lse
 from ._config import FlashAttentionConfig as FlashAttentionConfig
 from ._dot_product_attention import dot_product_attention as dot_product_attention
+from ._flax import linen_attention_fn as linen_attention_fn
+from ._flax import nnx_attention_fn as nnx_attention_fn
 from ._kernels import flash_attention_forward as flash_attention_forward
 from ._kernels import flash_attention_forward_i8 as flash_attention_forward_i8
 from ._kernels import flash_mha as flash_mha
@@ -18,6 +20,7 @@ from ._masks import PrefixMask as PrefixMask
 from ._masks import SegmentMask as SegmentMask
 from ._masks import WindowMask as WindowMask
 from ._merge import merge_attention as merge_attention
+from ._patch import patch_jax_nn as patch_jax_nn
 from ._quantization import QuantizedArray as QuantizedArray
 from ._quantization import dequantize as dequantize
 from ._quantization import quantize as quantize

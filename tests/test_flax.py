@@ -1,0 +1,312 @@
+"""attention_fn of Flax: as Flax's own, with every keyword that its layers pass."""
+
+import functools
+import inspect
+
+import jax
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax import numpy as jnp
+from layers import (
+    as_array,
+    assert_close,
+    assert_same,
+    dropout_factors,
+    padding,
+    random,
+    random_params,
+)
+
+import flash_jax
+from flash_jax import linen_attention_fn, nnx_attention_fn
+
+B, T, S, N, H, D = 2, 7, 11, 4, 5, 13
+EPS = np.finfo(np.float32).eps
+BOTH = pytest.mark.parametrize("attention_fn", [nnx_attention_fn, linen_attention_fn])
+
+
+def nnx_layer(attention_fn=nnx.dot_product_attention, **options):
+    return nnx.MultiHeadAttention(
+        N, D, N * H, decode=False, attention_fn=attention_fn, rngs=nnx.Rngs(0), **options
+    )
+
+
+def nnx_function(attention_fn, options, call):
+    layer = nnx.eval_shape(lambda: nnx_layer(attention_fn, **options))
+    graph, params = nnx.split(layer)
+    return params, lambda params, *inputs: nnx.merge(graph, params)(*inputs, **call)
+
+
+# The layer's options, the batch axes of its input, and what it is called with.
+NNX = {
+    "without batch": ({}, (), lambda rng: {"mask": padding(rng, N, T, T).astype(int)}),
+    "causal array": ({}, (B,), lambda rng: {"mask": nnx.make_causal_mask(np.ones((B, T)))}),
+    "is_causal and grouped heads": (
+        {"num_kv_heads": 2},
+        (B,),
+        lambda rng: {"is_causal": True, "mask": padding(rng, B, 1, T, T)},
+    ),
+    "dtype": ({"dtype": jnp.bfloat16}, (B,), lambda rng: {}),
+    "precision": ({"precision": "highest", "normalize_qk": True}, (B,), lambda rng: {}),
+    "deterministic": (
+        {"dropout_rate": 0.5, "deterministic": True, "use_bias": False},
+        (B,),
+        lambda rng: {"mask": padding(rng, B, N, T, T)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "batch", "call"), NNX.values(), ids=NNX)
+def test_the_layer_of_nnx(options, batch, call, rng):
+    call = call(rng)
+    params, ours = nnx_function(nnx_attention_fn, options, call)
+    their_params, theirs = nnx_function(nnx.dot_product_attention, options, call)
+    assert params == their_params
+    params, inputs = random_params(rng, params), (random(rng, *batch, T, D),)
+    dtype = options.get("dtype", np.float64)
+    # Without dropout NNX calls jax.nn, whose softmax is float32 always.
+    rounding = None if dtype == jnp.bfloat16 else np.float32
+    assert_same(ours, theirs, params, inputs, dtype, rounding)
+
+
+def linen_layer(attention_fn=linen.dot_product_attention, **options):
+    return linen.MultiHeadDotProductAttention(
+        N, qkv_features=N * H, attention_fn=attention_fn, **options
+    )
+
+
+LINEN = {
+    "batch axes": ({}, (B, 3), lambda rng: {"mask": padding(rng, B, 1, 1, T, S)}),
+    "Mask": ({}, (B,), lambda rng: {"mask": flash_jax.PrefixMask(3) | flash_jax.CausalMask()}),
+    "dtype": (
+        {"dtype": jnp.bfloat16, "force_fp32_for_softmax": True},
+        (B,),
+        lambda rng: {"mask": padding(rng, N, T, S)},
+    ),
+    "deterministic": (
+        {"dropout_rate": 0.5, "precision": jax.lax.Precision.HIGH},
+        (B,),
+        lambda rng: {"deterministic": True},
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "batch", "call"), LINEN.values(), ids=LINEN)
+def test_the_layer_of_linen(options, batch, call, rng):
+    inputs, call = (random(rng, *batch, T, D), random(rng, *batch, S, D)), call(rng)
+    their_call = call | {"mask": as_array(call.get("mask"), N, T, S)}
+    layer, their_layer = linen_layer(linen_attention_fn, **options), linen_layer(**options)
+    init = functools.partial(layer.init, **call), functools.partial(their_layer.init, **their_call)
+    params, their_params = (jax.eval_shape(f, jax.random.key(0), *inputs) for f in init)
+    assert params == their_params
+    ours = functools.partial(layer.apply, **call)
+    theirs = functools.partial(their_layer.apply, **their_call)
+    params, dtype = random_params(rng, params), options.get("dtype", np.float64)
+    assert_same(ours, theirs, params, inputs, dtype)
+
+
+BIASES = {
+    "of all": (B, N, T, S),
+    "of keys": (S,),
+    "of one batch axis": (B, 1, N, 1, S),
+}
+
+
+@pytest.mark.parametrize("shape", BIASES.values(), ids=BIASES)
+def test_a_bias_beside_a_mask(shape, rng):
+    batch = shape[:-3] if len(shape) == 4 else (B, 3)
+    qkv = (random(rng, *batch, T, N, H), *(random(rng, *batch, S, N, H) for _ in range(2)))
+    mask = padding(rng, *shape)
+
+    def function(attention_fn):
+        return lambda bias, *qkv: attention_fn(*qkv, bias, mask)
+
+    ours, theirs = function(nnx_attention_fn), function(linen.dot_product_attention)
+    assert_same(ours, theirs, random(rng, *shape), qkv)
+
+
+def test_decoding_of_nnx_step_by_step(rng):
+    layers = nnx_layer(nnx_attention_fn), nnx_layer()
+    for layer in layers:
+        layer.init_cache((B, S, D))
+    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    for _ in range(4):
+        x = random(rng, B, 1, D)
+        out, expected = (step(layer, x) for layer in layers)
+        assert_close([out], [expected], EPS)
+    caches, expected = (nnx.state(layer, nnx.Cache) for layer in layers)
+    assert caches["cache_index"][...] == 4
+    jax.tree.map(np.testing.assert_array_equal, caches, expected)
+
+
+def test_decoding_of_linen_step_by_step(rng):
+    layers = linen_layer(linen_attention_fn, decode=True), linen_layer(decode=True)
+    variables = [layer.init(jax.random.key(0), random(rng, B, S, D)) for layer in layers]
+    steps = [jax.jit(functools.partial(layer.apply, mutable="cache")) for layer in layers]
+    for _ in range(4):
+        x = random(rng, B, 1, D)
+        results = [step(state, x) for step, state in zip(steps, variables, strict=True)]
+        (out, _), (expected, _) = results
+        assert_close([out], [expected], EPS)
+        variables = [state | cache for state, (_, cache) in zip(variables, results, strict=True)]
+    assert variables[0]["cache"]["cache_index"] == 4
+    jax.tree.map(np.testing.assert_array_equal, *variables)
+
+
+def test_options_that_flax_does_not_know(rng):
+    qkv = [random(rng, B, T, N, H) for _ in range(3)]
+    for attention_fn in (nnx_attention_fn, linen_attention_fn):
+        out = functools.partial(attention_fn, local_window_size=(None, 0))(*qkv)
+        np.testing.assert_array_equal(out, flash_jax.flash_attention(*qkv, is_causal=True))
+
+
+def test_dropout(rng):
+    """The plain formula with the same probabilities dropped, of which each is dropped alone."""
+    key, rate = jax.random.key(3), 0.3
+    factors = dropout_factors(key, rate, B, T, N, S)
+    dropped = factors == 0
+    deviation = np.sqrt(dropped.size * rate * (1 - rate))
+    assert abs(np.sum(dropped) - rate * dropped.size) < 5 * deviation
+    assert np.any(dropped[0] != dropped[1])  # broadcast_dropout would drop the same
+    assert np.any(dropped[:, 0] != dropped[:, 1])
+
+    def ours(_, *qkv):
+        return linen_attention_fn(*qkv, dropout_rng=key, dropout_rate=rate, broadcast_dropout=False)
+
+    def plain(_, query, key, value):
+        weights = linen.dot_product_attention_weights(query, key, deterministic=True)
+        return jnp.einsum("bnts,bsnh->btnh", weights * factors.astype(query.dtype), value)
+
+    qkv = random(rng, B, T, N, H), random(rng, B, S, N, H), random(rng, B, S, N, H)
+    assert_same(ours, plain, (), qkv)
+
+
+def test_layers_draw_dropout_from_their_streams(rng):
+    x, options = random(rng, B, T, D), {"dropout_rate": 0.5, "broadcast_dropout": False}
+    layer = nnx_layer(nnx_attention_fn, **options)
+    once, again = layer(x, deterministic=False), layer(x, deterministic=False)
+    assert np.any(once != again)
+    same = nnx_layer(nnx_attention_fn, **options)(x, deterministic=False)
+    np.testing.assert_array_equal(once, same)
+
+    layer = linen_layer(linen_attention_fn, deterministic=False, **options)
+    params = layer.init(jax.random.key(0), x)
+    once, again, other = (
+        layer.apply(params, x, rngs={"dropout": jax.random.key(seed)}) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(once, again)
+    assert np.any(once != other)
+
+
+def test_memory_of_the_layer_is_linear():
+    graph, params = nnx.split(nnx_layer(nnx_attention_fn))
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x, is_causal=True))
+
+    def temporary_bytes(length):
+        x = jax.ShapeDtypeStruct((1, length, D), np.float32)
+        compiled = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2**12), temporary_bytes(2**14)
+    assert large <= 4.2 * small
+    assert large < 2**14 * 2**14  # one byte per score of one head
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (nnx_attention_fn, nnx.dot_product_attention),
+        (linen_attention_fn, linen.dot_product_attention),
+    ],
+)
+def test_the_arguments_are_those_of_flax(ours, theirs):
+    ours, theirs = (list(inspect.signature(f).parameters) for f in (ours, theirs))
+    assert ours == [*theirs, "options"]
+
+
+@BOTH
+def test_dtype_is_that_of_the_computation(attention_fn, rng):
+    qkv = [random(rng, B, T, N, H) for _ in range(3)]
+    expected = attention_fn(*(x.astype(jnp.bfloat16) for x in qkv))
+    assert expected.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(attention_fn(*qkv, dtype=jnp.bfloat16), expected)
+    assert attention_fn(qkv[0].astype(jnp.bfloat16), *qkv[1:]).dtype == np.float32
+
+
+def test_promote_dtype_is_called(rng):
+    qkv = [random(rng, B, T, N, H) for _ in range(3)]
+
+    def halved(arrays, dtype):
+        return [(x / 2).astype(dtype) for x in arrays]
+
+    out = nnx_attention_fn(*qkv, dtype=jnp.bfloat16, promote_dtype=halved)
+    expected = nnx_attention_fn(*(x / 2 for x in qkv), dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(out, expected)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"module": object()}, NotImplementedError, "sow_weights"),
+        ({"dropout_rate": 0.1}, NotImplementedError, "broadcast_dropout must be False"),
+        (
+            {"dropout_rate": 0.1, "broadcast_dropout": False},
+            ValueError,
+            "dropout_rng must be given",
+        ),
+        ({"precision": "BF16_BF16_F32_X3"}, NotImplementedError, "precision must be"),
+        ({"mask": np.ones((3, B, N, T, T))}, ValueError, r"mask must broadcast to \(\*batch"),
+        ({"bias": np.ones((N + 1, 1, 1))}, ValueError, "bias must broadcast"),
+        ({"fused": True}, TypeError, "fused"),
+    ],
+)
+def test_what_cannot_be_honoured_raises(attention_fn, options, error, message):
+    x = np.ones((B, 3, T, N, H), np.float32)
+    with pytest.raises(error, match=message):
+        attention_fn(x, x, x, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum"]
+)
+def test_other_einsums_raise(name):
+    x = np.ones((B, T, N, H), np.float32)
+    with pytest.raises(NotImplementedError, match=f"{name} must be None"):
+        linen_attention_fn(x, x, x, **{name: jnp.einsum})
+
+
+def test_layers_that_pass_on_an_einsum_raise():
+    layer = linen_layer(
+        linen_attention_fn,
+        qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+        attn_weights_value_einsum_cls=lambda: jnp.einsum,
+    )
+    with pytest.raises(NotImplementedError, match="qk_attn_weights_einsum"):
+        layer.init(jax.random.key(0), jnp.ones((B, T, D)))
+
+
+def test_layers_that_sow_their_weights_raise():
+    x = jnp.ones((B, T, D))
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        linen_layer(linen_attention_fn).init(jax.random.key(0), x, sow_weights=True)
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        nnx_layer(nnx_attention_fn)(x, sow_weights=True)
+
+
+def test_batch_axes_that_differ_raise():
+    x = np.ones((2, 3, T, N, H), np.float32)
+    with pytest.raises(ValueError, match="key must have the batch axes"):
+        nnx_attention_fn(x, x.swapaxes(0, 1), x)
+
+
+def test_precision_is_a_promise_of_cpus_only(monkeypatch):
+    x = np.ones((B, T, N, H), np.float32)
+    nnx_attention_fn(x, x, x, precision=("high", "default"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    nnx_attention_fn(x, x, x, precision="default")
+    with pytest.raises(NotImplementedError, match="precision must be None except on CPUs"):
+        nnx_attention_fn(x, x, x, precision="high")
