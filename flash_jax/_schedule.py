@@ -132,6 +132,6 @@ def block_schedule(
         raise TypeError(f"mask must be a Mask or None; it is {type(mask).__name__}")
     T, S = positive_integer("T", T), positive_integer("S", S)
     bound, tile = first_tile(mask, T, S, as_block_sizes(block_sizes), batch, head)
-    rows = jax.vmap(lambda i: status(bound, tile._replace(i=i)))
+    rows = jax.jit(jax.vmap(lambda i: status(bound, tile._replace(i=i))))
     tiles = rows(lax.iota(np.int32, tile.q.count))
     return BlockSchedule(np.asarray(tiles), BlockSizes(tile.q.block, tile.kv.block))
