@@ -73,7 +73,7 @@ def test_tiles_of_any_size_agree_with_the_oracle(options, blocks, rng):
     assert_within_bound(results, exact, plain, np.float32)
 
 
-@named("none", "mask", "bias", "scale", "soft cap", "sinks", "alibi at an offset", "everything")
+@named("none", "bias", "scale", "soft cap", "everything")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_with_16_bits_lse_is_as_accurate_as_float32(options, dtype, rng):
     inputs, options = random_inputs(rng, dtype=dtype), options(rng)
@@ -256,7 +256,7 @@ DRAWN = {
 }
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=40, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=24, database=None)
 @hypothesis.given(calls())
 def test_any_traced_options_together_agree_with_the_oracle(call):
     (B, T, S, N, K), static, names, seed = call
