@@ -21,7 +21,7 @@ def multiplies_bfloat16(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", ["none", "causal window", "soft cap", "everything"])
+@pytest.mark.parametrize("name", ["none", "everything"])
 def test_every_machine_keeps_the_bound_of_bfloat16(name, multiplies_bfloat16, rng):
     inputs, options = random_inputs(rng, dtype=jnp.bfloat16), OPTIONS[name](rng)
     exact = attention(*inputs, **options)
