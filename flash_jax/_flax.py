@@ -39,11 +39,11 @@ def nnx_attention_fn(
     ``is_causal=True``, or with ``mask=flash_jax.CausalMask()`` or another ``Mask``.
 
     Args:
-        query: (*batch, T, N, H), any number of batch axes.
-        key: (*batch, S, K, H). Query head n reads key/value head ``n // (N // K)``.
-        value: (*batch, S, K, Hv).
-        bias: broadcastable to (*batch, N, T, S).
-        mask: of any dtype, broadcastable to (*batch, N, T, S), 0 masks; or a ``Mask``, with the
+        query: (..., T, N, H), any number of batch axes.
+        key: (..., S, K, H). Query head n reads key/value head ``n // (N // K)``.
+        value: (..., S, K, Hv).
+        bias: broadcastable to (..., N, T, S).
+        mask: of any dtype, broadcastable to (..., N, T, S), 0 masks; or a ``Mask``, with the
             batch axes as one.
         broadcast_dropout: must be False where dropout is active: probabilities are dropped
             independently per batch element and head.
@@ -60,7 +60,7 @@ def nnx_attention_fn(
             ``functools.partial(flash_jax.nnx_attention_fn, local_window_size=(255, 0))``.
 
     Returns:
-        (*batch, T, N, Hv). A row that may read no key is zero (Flax: the mean of value).
+        (..., T, N, Hv). A row that may read no key is zero (Flax: the mean of value).
 
     Raises:
         NotImplementedError: broadcast_dropout, module or precision can't be honoured.
@@ -127,13 +127,12 @@ def linen_attention_fn(
     ``mask=flash_jax.CausalMask()`` instead of a T x S array.
 
     Args:
-        query, key, value, bias, mask, broadcast_dropout, dropout_rng, dropout_rate, deterministic,
-            dtype, precision, module, options: as ``nnx_attention_fn``; ``is_causal`` is one of the
-            options.
+        query, key, value, bias, mask: as ``nnx_attention_fn``, like all that is not named here.
         force_fp32_for_softmax: either is honoured: the softmax is always float32 at least.
         einsum_dot_general: must be None, like the two that follow: there is no einsum to replace.
         qk_attn_weights_einsum: must be None.
         attn_weights_value_einsum: must be None.
+        options: others of ``flash_attention``, ``is_causal`` among them.
 
     Returns and Raises: as ``nnx_attention_fn``.
 

@@ -15,10 +15,10 @@ from ._masks import Mask
 def attend(
     query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
 ) -> Array:
-    """``flash_attention`` of (*batch, T, N, H), (*batch, S, K, H) and (*batch, S, K, Hv).
+    """``flash_attention`` of (..., T, N, H), (..., S, K, H) and (..., S, K, Hv).
 
     Args:
-        bias: float, broadcastable to (*batch, N, T, S). It is repeated where it has some of the
+        bias: float, broadcastable to (..., N, T, S). It is repeated where it has some of the
             batch axes, but neither none nor all.
         mask: of any dtype, 0 masks; shaped as bias. Or a ``Mask``, with the batch axes as one.
         options: of ``flash_attention``, with the batch axes as one.
@@ -42,17 +42,17 @@ def attend(
             x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
     out = flash_attention(query, key, value, bias, mask, **options)
-    return out.reshape(*batch, *out.shape[-3:])
+    return out.reshape(..., *out.shape[-3:])
 
 
 def _one_batch_axis(name: str, x: Array, batch: tuple[int, ...]) -> Array:
-    """x, broadcastable to (*batch, N, T, S), with one batch axis at the most."""
+    """x, broadcastable to (..., N, T, S), with one batch axis at the most."""
     own = x.shape[:-3]
     if all(n == 1 for n in own):
         return x.reshape(x.shape[-3:])
     fits = zip(own[::-1], batch[::-1], strict=False)
     if len(own) > len(batch) or any(n not in (1, m) for n, m in fits):
         raise ValueError(
-            f"{name} must broadcast to (*batch, N, T, S) with batch {batch}; its shape is {x.shape}"
+            f"{name} must broadcast to (..., N, T, S) with batch {batch}; its shape is {x.shape}"
         )
     return jnp.broadcast_to(x, batch + x.shape[-3:]).reshape(math.prod(batch), *x.shape[-3:])

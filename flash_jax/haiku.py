@@ -34,14 +34,14 @@ class MultiHeadAttention(hk.MultiHeadAttention):
         """As ``hk.MultiHeadAttention.__call__``.
 
         Args:
-            query: (*batch, T, Dq), any number of batch axes.
-            key: (*batch, S, Dk).
-            value: (*batch, S, Dv).
-            mask: of any dtype, broadcastable to (*batch, num_heads, T, S), 0 masks; or a
+            query: (..., T, Dq), any number of batch axes.
+            key: (..., S, Dk).
+            value: (..., S, Dv).
+            mask: of any dtype, broadcastable to (..., num_heads, T, S), 0 masks; or a
                 ``flash_jax.Mask``, with the batch axes as one, which takes no memory of T x S.
 
         Returns:
-            (*batch, T, model_size). A row that may read no key is zero before the output
+            (..., T, model_size). A row that may read no key is zero before the output
             projection (Haiku: the mean of value).
 
         Raises:
