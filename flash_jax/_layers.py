@@ -42,7 +42,7 @@ def attend(
             x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
     out = flash_attention(query, key, value, bias, mask, **options)
-    return out.reshape(..., *out.shape[-3:])
+    return out.reshape(*batch, *out.shape[-3:])
 
 
 def _one_batch_axis(name: str, x: Array, batch: tuple[int, ...]) -> Array:
