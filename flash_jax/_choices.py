@@ -12,9 +12,10 @@ import os
 import platform
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import jaxlib
 
 from ._block_sizes import Problem, fastest_blocks
 from ._machine import machine, processor
@@ -61,13 +62,15 @@ def store(problem: Problem, blocks: BlockSizes) -> None:
 
 def path() -> Path:
     """Where choices are kept: ``XDG_CACHE_HOME``, or the system's folder for caches."""
-    system, home = platform.system(), Path("~").expanduser()
+    from . import __version__  # complete by now
+
+    system, home = platform.system(), Path(os.path.expanduser("~"))  # which never fails
     folder = {
         "Darwin": home / "Library/Caches",
         "Windows": Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local"),
     }.get(system, home / ".cache")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or folder)
-    versions = f"{version('flash-jax')}-jaxlib-{version('jaxlib')}"
+    versions = f"{__version__}-jaxlib-{jaxlib.__version__}"
     return folder / "flash_jax" / f"tiles-{versions}.json"
 
 
