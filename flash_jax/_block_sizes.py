@@ -21,11 +21,11 @@ _MAX_BLOCK_KV = 1024
 # Up to so many keys, where the maximum meets the difference without a select, XLA's one kernel for
 # product, maximum and difference is faster than three operations.
 FUSED_KEYS = 256
-
-
+# What few query rows are: those of one key/value head, each of which costs a pass over a tile of
+# values, and those of all heads, of which more would take longer to multiply than the keys to read.
 _MOST_ROWS = 8
 _MOST_COLUMNS = 64
-_STREAMED_KEYS = 512
+_STREAMED_KEYS = 512  # per tile, where not all keys are read at once
 
 
 def few_rows(rows: int, heads: int) -> bool:
