@@ -121,7 +121,8 @@ def _attend(operands: Operands, static: Static, tile: QueryTile) -> online.State
             o += jnp.where(seen > 0, jnp.array(value, acc), 0)
         return o
 
-    state = online.start((tile.heads, tile.rows), operands.v.shape[-1], acc)
+    state = online.start(tile.rows, operands.v.shape[-1], acc)
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
     state, all_finite = over_key_tiles(
         operands, tile, at(False), at(True), (state, jnp.array(True))
     )

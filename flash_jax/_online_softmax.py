@@ -30,10 +30,12 @@ class State(NamedTuple):
     o: Array  # (T, H) running sum of exp(s - m) v, not yet divided by l
 
 
-def start(rows: tuple[int, ...], head_dim: int, dtype: DTypeLike) -> State:
+def start(rows: int, head_dim: int, dtype: DTypeLike) -> State:
     """The state of rows that have seen no key."""
     return State(
-        jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, head_dim), dtype)
+        jnp.full((rows,), -jnp.inf, dtype),
+        jnp.zeros((rows,), dtype),
+        jnp.zeros((rows, head_dim), dtype),
     )
 
 

@@ -8,7 +8,7 @@ from flash_jax._exp import exp
 
 
 def state_of(s, v, block):
-    state = online.start((len(s),), v.shape[-1], s.dtype)
+    state = online.start(len(s), v.shape[-1], s.dtype)
     for j in range(0, s.shape[1], block):
         state = online.absorb(
             state, jnp.asarray(s[:, j : j + block]), jnp.asarray(v[j : j + block])
@@ -50,7 +50,7 @@ def test_merge_is_associative_commutative_and_has_an_identity(scores):
     ):
         for x, y in zip(online.finish(merged), expected, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
-    identity = online.start((7,), 3, jnp.float32)
+    identity = online.start(7, 3, jnp.float32)
     for x, y in zip(online.merge(a, identity), a, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -64,7 +64,7 @@ def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(scores):
     assert lse[2] == -np.inf
     np.testing.assert_array_equal(out[4], v[29])
     np.testing.assert_allclose(lse[4], s[4, 29], rtol=1e-6)
-    empty = online.merge(*(online.start((7,), 3, jnp.float32),) * 2)
+    empty = online.merge(*(online.start(7, 3, jnp.float32),) * 2)
     assert not np.isnan(jnp.concatenate([x.ravel() for x in empty])).any()
 
 
