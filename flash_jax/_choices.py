@@ -12,10 +12,9 @@ import os
 import platform
 import tempfile
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import jaxlib
 
 from ._block_sizes import Problem, fastest_blocks
 from ._machine import machine, processor
@@ -70,7 +69,7 @@ def path() -> Path:
         "Windows": Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local"),
     }.get(system, home / ".cache")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or folder)
-    versions = f"{__version__}-jaxlib-{jaxlib.__version__}"
+    versions = f"{__version__}-jaxlib-{version('jaxlib')}"
     return folder / "flash_jax" / f"tiles-{versions}.json"
 
 
