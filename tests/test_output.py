@@ -27,7 +27,6 @@ def test_error_is_at_most_twice_that_of_plain_attention(T, S, dtype, is_causal, 
     exact, _ = numpy_attention(q, k, v, is_causal=is_causal)
     bound = 2 * max_error(plain(q, k, v, is_causal), exact) + float(jnp.finfo(dtype).eps)
     for config in (
-        FlashAttentionConfig.for_head_dim(5, causal=is_causal),
         FlashAttentionConfig.for_long_sequence(5, causal=is_causal),
         FlashAttentionConfig.auto(5, T, S, causal=is_causal),
         FlashAttentionConfig(11, 7, 5, causal=is_causal),
