@@ -201,6 +201,8 @@ def attention_of_floats(
         kv_layout = Layout.HEADS_FIRST
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
-    layouts = Layout.HEADS_LAST, query.shape[0], query.dtype, kv_layout
-    out, lse = attention(operands, Static(bound.blocks, *layouts, dropout_rate))
+    static = Static(
+        bound.blocks, Layout.HEADS_LAST, query.shape[0], query.dtype, kv_layout, dropout_rate
+    )
+    out, lse = attention(operands, static)
     return (out, lse) if batched else (out[0], lse[0])

@@ -108,8 +108,7 @@ def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copie
         rows: rows of scores of one key/value head in a tile.
         copies: how many arrays of the tile's scores live at once.
     """
-    most = score_bytes(machine) // (4 * rows * block_kv * copies)
-    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1, most))
+    return _divisor(heads, score_bytes(machine) // (4 * rows * block_kv * copies))
 
 
 def elements_per_step(machine: Machine, rows: int, scores: int, keys: int) -> int:
@@ -127,8 +126,12 @@ def elements_per_step(machine: Machine, rows: int, scores: int, keys: int) -> in
     most = score_bytes(machine) // 4
     if rows * scores <= most:
         return rows
-    most = most // 2 // max(scores, keys)
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
+    return _divisor(rows, most // 2 // max(scores, keys))
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of count that is at most ``most``, at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
 
 
 def _even(length: int, block: int) -> int:

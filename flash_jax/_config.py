@@ -98,8 +98,9 @@ class FlashAttentionConfig:
         """The tiles that are fastest on this machine for T = seq_len_q and S = seq_len_kv.
 
         With ``int8`` those of the int8 kernels, whose uint8 probabilities shorter tiles of keys
-        make finer. They follow from the number of cores and the size of their L2 caches. Where that
-        can't be read, it is taken to be 1 MiB. ``python -m flash_jax info`` shows what was found.
+        make finer. They are what ``tune`` found, or else follow from the number of cores and the
+        size of their L2 caches. Where that can't be read, it is taken to be 1 MiB. ``python -m
+        flash_jax info`` shows what was found.
 
         Example:
             >>> config = FlashAttentionConfig.auto(64, seq_len_q=1000, seq_len_kv=1000, causal=True)

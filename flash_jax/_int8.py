@@ -90,7 +90,7 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
         return products
     products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits
     if probabilities == jnp.bfloat16:
-        return products._replace(weigh=vmap(weigh_bfloat16))
+        return products._replace(weigh=weigh_bfloat16)
     return products._replace(weigh=vmap(_weigh_uint8), absorb=online.absorb_apart)
 
 

@@ -39,11 +39,11 @@ def start(rows: int, head_dim: int, dtype: DTypeLike) -> State:
     )
 
 
-def dot(a: Array, b: Array, axis: int = -2) -> Array:
-    """a (..., M, K) times b, (..., K, N) or with K as the other ``axis``, summed in a's dtype."""
+def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
+    """a (..., M, K) times b, (..., K, N) or with K as the other ``axis``, summed in dtype: a's."""
     batch = tuple(range(a.ndim - 2))
-    contracted = (a.ndim - 1,), (b.ndim + axis,)
-    return lax.dot_general(a, b, (contracted, (batch, batch)), preferred_element_type=a.dtype)
+    dimensions = ((a.ndim - 1,), (b.ndim + axis,)), (batch, batch)
+    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
 
 
 def finite_shift(m: Array) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array, lax, vmap
+from jax import Array, lax
 from jax import numpy as jnp
 
 from . import _online_softmax as online
@@ -62,24 +62,19 @@ def _bfloat16_products(operands: Operands, static: Static, tile: QueryTile) -> P
     def scores(j: Array) -> Array:
         k = kv_tile(static, tile, operands.k, j, dtype)
         # Scaled afterwards: a scaled query would have to be rounded.
-        return rounded(vmap(dot_bfloat16)(q, k) * scale)
+        return rounded(online.dot(q, k, -1, np.float32) * scale)
 
     return Products(
         scores=scores,
         values=lambda j: kv_tile(static, tile, operands.v, j, dtype),
-        weigh=vmap(weigh_bfloat16),
+        weigh=weigh_bfloat16,
         finish=lambda o: o,
     )
 
 
-def dot_bfloat16(a: Array, b: Array, axis: int = 1) -> Array:
-    """bfloat16 a (M, K) times bfloat16 b, (N, K) or with K as the other ``axis``, in float32."""
-    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=np.float32)
-
-
 def weigh_bfloat16(p: Array, v: Array) -> Array:
-    """Probabilities p (M, K), rounded to bfloat16, times bfloat16 v (K, N) in float32."""
+    """Probabilities p (..., M, K), rounded to bfloat16, times bfloat16 v (..., K, N) in float32."""
     # Rounded to nearest by integers, at a fraction of a conversion's cost.
     bits = lax.bitcast_convert_type(p, np.uint32) + np.uint32(0x8000)
     p = lax.bitcast_convert_type((bits >> np.uint32(16)).astype(np.uint16), jnp.bfloat16)
-    return dot_bfloat16(p, v, axis=0)
+    return online.dot(p, v, dtype=np.float32)

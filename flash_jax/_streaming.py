@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from ._online_softmax import dot
 from ._operands import Operands, Static, q_tile
 from ._products import Products, product_dtype
 from ._query_tile import QueryTile
@@ -40,20 +41,15 @@ def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> P
         start, size = tile.kv.start(j), tile.kv.block
         return slice_tile(static.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
 
-    def product(keys: Array, columns: Array) -> Array:
-        """keys (block_kv, any) times columns (n, any): (block_kv, n)."""
-        contracted = (((1,), (1,)), ((), ()))
-        return lax.dot_general(keys, columns, contracted, preferred_element_type=acc)
-
     def scores(j: Array) -> Array:
         k = positions(operands.k, j).astype(dtype)
-        together = product(k.reshape(tile.kv.block, -1), columns)
+        together = dot(k.reshape(tile.kv.block, -1), columns, -1, acc)
 
         def head_by_head() -> Array:
             # Of one row XLA would convert 16-bit keys, all of them and whether needed or not.
             rows = jnp.concatenate([q, q], axis=1)
             heads = lax.iota(np.int32, tile.heads)
-            s = lax.map(lambda h: product(k[:, h], rows[h])[:, : tile.rows], heads)
+            s = lax.map(lambda h: dot(k[:, h], rows[h], -1, acc)[:, : tile.rows], heads)
             return jnp.moveaxis(s, 0, 1).reshape(together.shape)
 
         def mend() -> Array:

@@ -19,7 +19,13 @@ from ._choices import store
 from ._machine import machine
 from ._options import Options
 from ._quantization import QuantizedArray
-from ._shapes import BlockSizes, check_bool, check_window, positive_integer
+from ._shapes import (
+    BlockSizes,
+    check_bool,
+    check_probability_dtype,
+    check_window,
+    positive_integer,
+)
 
 _MASKING = (
     "mask",
@@ -104,7 +110,10 @@ def tune(
 def _problem(query: Any, key: Any, int8: bool, options: dict[str, Any]) -> Problem:
     is_causal = bool(options.get("is_causal"))
     window = check_window("local_window_size", options.get("local_window_size"))
-    probabilities = np.dtype(options.get("probability_dtype", np.uint8)) if int8 else None
+    probabilities = None
+    if int8:
+        given = options.get("probability_dtype", np.uint8)
+        probabilities = check_probability_dtype("probability_dtype", given)
     masked = is_causal or any(options.get(name) is not None for name in _MASKING)
     return Options(is_causal, window, None, probabilities).problem(query, key, masked)
 
