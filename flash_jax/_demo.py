@@ -352,15 +352,15 @@ def check_plot(path: str) -> None:
     """Checks that ``save_plot`` can work, before the work it shows.
 
     Raises:
-        InputError: matplotlib is missing, the format is none of ours, or the file can't be written.
+        InputError: the format is none of ours, matplotlib is missing, or the file can't be written.
     """
+    if Path(path).suffix.lower() not in _PLOT_KINDS:
+        raise InputError(f"--plot must end in one of {', '.join(_PLOT_KINDS)}; it is {path!r}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         message = "--plot needs matplotlib, which is missing: pip install 'flash-jax[plot]'"
         raise InputError(message) from error
-    if Path(path).suffix.lower() not in _PLOT_KINDS:
-        raise InputError(f"--plot must end in one of {', '.join(_PLOT_KINDS)}; it is {path!r}")
     check_writable("--plot", path)
 
 
