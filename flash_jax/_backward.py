@@ -71,8 +71,10 @@ def backward(
     if not dims.empty:
         step = functools.partial(_query_tile, operands, results, d_out, d_lse, static)
         sums = over_query_tiles(operands, static, step, sums, copies=3)
-    for name in {"k", "v"} & sums.keys():
-        sums[name] = jnp.moveaxis(jnp.swapaxes(sums[name], 2, 3), 2, static.kv_layout.value)
+    for name in ("k", "v"):
+        if name in sums:
+            turned = jnp.swapaxes(sums[name], 2, 3)
+            sums[name] = jnp.moveaxis(turned, 2, static.kv_layout.value)
     return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
 
 

@@ -26,7 +26,7 @@ from ._operands import (
     over_query_tiles,
 )
 from ._products import float_products
-from ._query_tile import QueryTile
+from ._query_tile import QueryTile, in_every_element
 from ._streaming import streaming_products
 from ._tiles import Layout, put_tile
 
@@ -128,7 +128,7 @@ def _attend(operands: Operands, static: Static, tile: QueryTile) -> online.State
     )
     if clean:
         show = lambda o: over_key_tiles(operands, tile, lambda _, o: o, nonfinite, o)  # noqa: E731
-        all_finite = tile.in_every_element(all_finite)
+        all_finite = in_every_element(all_finite)
         state = state._replace(o=lax.cond(all_finite, lambda o: o, show, state.o))
     state = state._replace(o=products.finish(state.o))
     if sinks is not None:

@@ -229,7 +229,7 @@ def _check_scales(**scales: ArrayLike) -> list[ArrayLike]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attention_int8(config: FlashAttentionConfig, probabilities: np.dtype, *arrays: Array) -> Array:
     *integers, q_scale, k_scale, v_scale = arrays
-    scales = (x.astype(np.float32) for x in (q_scale, k_scale, v_scale))
+    scales = (jnp.asarray(x).astype(np.float32) for x in (q_scale, k_scale, v_scale))
     static = config, probabilities
     return straight_through(static, _in_integers, _at_integers, *integers, *scales)
 

@@ -226,7 +226,7 @@ def varying_as(operands: Operands, tree: C) -> C:
     axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(operands)))
 
     def vary(x: Array) -> Array:
-        missing = tuple(axes - _axes(x))
+        missing = tuple(sorted(axes - _axes(x), key=str))  # a set's order differs between processes
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree) if axes else tree

@@ -8,7 +8,11 @@ Reverse mode is the transpose of forward mode, so one rule gives ``jvp`` and ``g
 linear memory. ``custom_vjp`` would rule out forward mode, and ``custom_jvp`` alone would have JAX
 transpose the scan itself, storing what every step computed. ``tangent`` and ``gradient`` are loops
 of ordinary operations, which forward mode goes through: that gives Hessian-vector products (forward
-over reverse). A second reverse pass is not offered, since the loops have no static length.
+over reverse). A second reverse pass would store every step, and is refused.
+
+What the backward pass needs of the forward pass is named ``flash_attention``: under
+``jax.checkpoint`` the policy ``save_only_these_names("flash_attention")`` keeps it, and attention
+runs once.
 
 A ``vmap`` folds its axis into the batch: the loops keep their trip counts, and tiles do not grow.
 """
@@ -22,11 +26,14 @@ from typing import Any
 import jax
 from jax import Array
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from ._backward import backward, gradient_shapes
 from ._forward import Results, forward, forward_shapes
+from ._jax_versions import report_nan
 from ._operands import Differentiable, Operands, Static, varying_as
 from ._tangent import tangent
 
@@ -101,7 +108,9 @@ def _primitive(
 
     @primitive.def_impl
     def _(*leaves: Array, **static: Any) -> list[Array]:
-        return _compiled(primitive, tuple(sorted(static.items())))(*leaves)
+        # As JAX's own primitives, it is compiled within ``jax.disable_jit``, too.
+        with jax.disable_jit(False):
+            return _compiled(primitive, tuple(sorted(static.items())))(*leaves)
 
     @primitive.def_abstract_eval
     def _(*leaves: Any, **static: Any) -> list[Any]:
@@ -112,7 +121,15 @@ def _primitive(
 
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
     batching.primitive_batchers[primitive] = functools.partial(_fold, primitive)
+    jet.jet_rules[primitive] = _no_taylor_series
+    report_nan(primitive)
     return primitive
+
+
+def _no_taylor_series(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "attention has no Taylor series by jax.experimental.jet; nest jax.jvp for its derivatives"
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,6 +173,7 @@ def _attention_jvp(
     # Integers have no derivatives: their callers give those of the floats that they stand for.
     assert operands.quantization is None
     results = attention_p.bind(*primals, tree=tree, static=static)
+    results = [checkpoint_name(x, "flash_attention") for x in results]
     _, _, m, l = results
     names = _names(tree)
     given = {
@@ -170,14 +188,20 @@ def _attention_jvp(
     return results, [*moving, jnp.zeros_like(m), l * moving[1]]
 
 
-def _jvp_of_loops(
+def _jvp(
+    primitive: Primitive,
     function: Callable[..., list[Array]],
     primals: Sequence[Any],
     tangents: Sequence[Any],
     **static: Any,
 ) -> tuple[list[Array], list[Array]]:
-    """Forward mode through the operations of ``function``."""
+    """Forward mode through ``primitive``, which runs the loops of ``function``."""
     moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
+    known = static["tree"].num_leaves + len(Results._fields)
+    if moving[0] >= known:  # the results are linear in these
+        linear = map(ad.instantiate_zeros, tangents[known:])
+        bind = functools.partial(primitive.bind, *primals[:known], **static)
+        return bind(*primals[known:]), bind(*linear)
 
     def of_moving(*xs: Array) -> list[Array]:
         leaves = list(primals)
@@ -185,25 +209,47 @@ def _jvp_of_loops(
             leaves[i] = x
         return function(*leaves, **static)
 
-    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+    with jax.disable_jit(False):  # of the loops, which would run step by step
+        results, d_results = jax.jvp(
+            of_moving, [primals[i] for i in moving], [tangents[i] for i in moving]
+        )
+    return results, [_forward_only_p.bind(x) for x in d_results]
 
 
-def _tangent_transpose(
-    cotangents: Sequence[Any], *leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...]
+def _tangent_transpose(cotangents: Sequence[Any], *leaves: Any, **static: Any) -> list[Any]:
+    count = len(static["wrt"])
+    known, linear = leaves[:-count], leaves[-count:]
+    rows = tuple(x.aval.shape[0] for x in linear)
+    cotangents = [ad.instantiate_zeros(x) for x in cotangents]
+    return [None] * len(known) + gradient_p.bind(*known, *cotangents, rows=rows, **static)
+
+
+def _gradient_transpose(
+    cotangents: Sequence[Any], *leaves: Any, rows: tuple[int, ...], **static: Any
 ) -> list[Any]:
-    known, linear = leaves[: -len(wrt)], leaves[-len(wrt) :]
-    gradients = gradient_p.bind(
-        *known,
-        *(ad.instantiate_zeros(x) for x in cotangents),
-        tree=tree,
-        static=static,
-        wrt=wrt,
-        rows=tuple(x.aval.shape[0] for x in linear),
-    )
-    return [None] * len(known) + gradients
+    known = leaves[:-2]
+    cotangents = [ad.instantiate_zeros(x) for x in cotangents]
+    return [None] * len(known) + tangent_p.bind(*known, *cotangents, **static)
 
+
+def _no_second_reverse_pass(*_: Any) -> Any:
+    raise NotImplementedError(
+        "attention has no second reverse pass, nor one through its jvp: each would store every "
+        "score. Second derivatives are forward mode over reverse mode: jax.jvp or jax.jacfwd of "
+        "jax.grad"
+    )
+
+
+# The identity, on what forward mode makes of the loops.
+_forward_only_p = Primitive("flash_forward_only")
+_forward_only_p.def_impl(lambda x: x)
+_forward_only_p.def_abstract_eval(lambda x: x)
+mlir.register_lowering(_forward_only_p, lambda _, x: [x])
+batching.defvectorized(_forward_only_p)
+ad.deflinear2(_forward_only_p, _no_second_reverse_pass)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
-ad.primitive_jvps[tangent_p] = functools.partial(_jvp_of_loops, _tangent)
-ad.primitive_jvps[gradient_p] = functools.partial(_jvp_of_loops, _gradient)
+ad.primitive_jvps[tangent_p] = functools.partial(_jvp, tangent_p, _tangent)
+ad.primitive_jvps[gradient_p] = functools.partial(_jvp, gradient_p, _gradient)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
+ad.primitive_transposes[gradient_p] = _gradient_transpose

@@ -21,7 +21,20 @@ from jax import numpy as jnp
 A = TypeVar("A")
 R = TypeVar("R")
 
-_ELEMENTS = "flash_jax.elements"  # the axis of the vmap in ``QueryTile.each``
+
+@jax.custom_batching.custom_vmap
+def in_every_element(condition: Array) -> Array:
+    """Whether the condition holds in all batch elements of a step: one bool for a ``cond``.
+
+    Of a bool per element ``vmap`` would make a select, and run both branches. A collective over a
+    named axis of the ``vmap`` would do, too, but ``shard_map`` takes the name for one of its mesh.
+    """
+    return condition
+
+
+@in_every_element.def_vmap
+def _(_size: int, _batched: list[bool], condition: Array) -> tuple[Array, bool]:
+    return jnp.all(condition), False
 
 
 class Range(NamedTuple):
@@ -151,17 +164,7 @@ class QueryTile(NamedTuple):
         leaves, tree = jax.tree.flatten(arrays)
         axes = [None if x.shape[0] == 1 else 0 for x in leaves]
         elements = (self.element + count) % np.int32(self.batch[1])
-        mapped = jax.vmap(of_one, in_axes=(0, axes), axis_name=_ELEMENTS)
-        return mapped(elements, [part(x) for x in leaves])
-
-    def in_every_element(self, condition: Array) -> Array:
-        """Whether the condition holds in all batch elements of the tile: one bool for a ``cond``.
-
-        Of a bool per element ``vmap`` would make a select, and run both branches.
-        """
-        if self.elements == 1:
-            return condition
-        return lax.psum((~condition).astype(np.int32), _ELEMENTS) == 0
+        return jax.vmap(of_one, in_axes=(0, axes))(elements, [part(x) for x in leaves])
 
     def row_of(self, x: Array) -> Array:
         """Index into the first axis of x, each entry of which serves equally many rows."""

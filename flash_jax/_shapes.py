@@ -138,7 +138,8 @@ def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
         return x
     info = jnp.iinfo(x.dtype)
     low, high = max(info.min, -_MAX_LENGTH), min(info.max, _MAX_LENGTH)
-    return jnp.clip(x, np.array(low, x.dtype), np.array(high, x.dtype)).astype(np.int32)
+    low, high = np.array(low, x.dtype), np.array(high, x.dtype)
+    return jnp.where(x < low, low, jnp.where(x > high, high, x)).astype(np.int32)
 
 
 def bind_reals(name: str, x: Any, axes: str, sizes: Sizes) -> Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 
@@ -36,7 +37,8 @@ def straight_through(
             new = [replaced.get(i, x) for i, x in enumerate(leaves)]
             return smooth(*static, *jax.tree.unflatten(tree, new))
 
-        results = call(*primals)
+        # Named as the results of attention are, for the policies of ``jax.checkpoint``.
+        results = jax.tree.map(lambda x: checkpoint_name(x, "flash_attention"), call(*primals))
         if not moving:
             return results, jax.tree.map(jnp.zeros_like, results)
         still = tuple(leaves[i] for i in moving)

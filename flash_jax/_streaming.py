@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from ._online_softmax import dot
 from ._operands import Operands, Static, q_tile
 from ._products import Products, product_dtype
-from ._query_tile import QueryTile
+from ._query_tile import QueryTile, in_every_element
 from ._scores import rounded
 from ._shapes import accumulator
 from ._tiles import slice_tile
@@ -55,7 +55,7 @@ def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> P
         def mend() -> Array:
             return jnp.where(jnp.isfinite(together), together, head_by_head())
 
-        finite = tile.in_every_element(jnp.isfinite(jnp.sum(together * 0)))
+        finite = in_every_element(jnp.isfinite(jnp.sum(together * 0)))
         s = lax.cond(finite, lambda: together, mend)
         s = s.T.reshape(tile.heads, tile.rows, tile.kv.block)
         return s if dtype == acc else rounded(s * tile.of_element(operands.scores.scale))
