@@ -1,9 +1,6 @@
 """Derivatives: of every operand, in both modes, behind masks and through transformations."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import hypothesis
 import jax
@@ -758,75 +755,6 @@ def test_gradients_are_the_same_bits_every_time(rng):
     for _ in range(3):
         for name, x in gradients(call, cotangents).items():
             np.testing.assert_array_equal(x, first[name])
-
-
-SHARDED = """
-import functools
-import jax, numpy as np
-from jax import numpy as jnp
-from jax.sharding import PartitionSpec as P
-from flash_jax import flash_attention, flash_attention_with_lse
-
-rng = np.random.default_rng(0)
-shapes = {"query": (4, 9, 8, 5), "key": (4, 7, 4, 5), "value": (4, 7, 4, 3), "sinks": (8,),
-          "bias": (4, 1, 9, 7), "key_value_seq_lengths": (4,)}
-x = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-x["key_value_seq_lengths"] = np.array([7, 0, 3, 5], np.int32)
-types = (jax.sharding.AxisType.Auto,) * 2
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
-both, data = P("data", None, "model"), P("data")
-specs = {"query": both, "key": both, "value": both, "sinks": P("model"), "bias": data,
-         "key_value_seq_lengths": data}
-
-
-def attend(x):
-    return flash_attention_with_lse(**x, is_causal=True, block_sizes=(4, 3))
-
-
-sharded = jax.shard_map(attend, mesh=mesh, in_specs=(specs,),
-                        out_specs=(both, P("data", "model")))
-
-
-def gradient(attend, x):
-    def loss(floats):
-        out, lse = attend(x | floats)
-        return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isneginf(lse), 0, jnp.sin(lse)))
-
-    return jax.grad(loss)({name: y for name, y in x.items() if y.dtype == np.float32})
-
-
-assert jax.device_count() == 8
-expected = jax.jit(lambda x: gradient(attend, x))(x)
-for name, y in jax.jit(lambda x: gradient(sharded, x))(x).items():
-    np.testing.assert_allclose(y, expected[name], rtol=0, atol=1e-5, err_msg=name)
-
-# Inside: keys that all devices share get the sum of what each device's queries give.
-call = jax.vmap(functools.partial(flash_attention, is_causal=True), in_axes=(0, None, None))
-qkv = x["query"], x["key"][0], x["value"][0]
-specs = P("data"), P(), P()
-
-
-def inside(*qkv):
-    return jax.grad(lambda *qkv: jnp.sum(call(*qkv) ** 2), argnums=(0, 1, 2))(*qkv)
-
-
-found = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs))(*qkv)
-for y, right in zip(found, jax.jit(inside)(*qkv), strict=True):
-    np.testing.assert_allclose(y, right, rtol=0, atol=1e-5)
-print("done")
-"""
-
-
-def test_gradients_of_a_shard_map_over_batch_and_heads():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout == "done\n", run.stderr[-4000:]
 
 
 # --- Memory: temporary bytes as XLA plans them, of programs that are only compiled

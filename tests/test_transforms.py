@@ -1,7 +1,4 @@
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -427,50 +424,3 @@ def test_merged_parts_can_be_vmapped(model_qkv):
 
     out = jax.vmap(halves)(q, k, v)
     np.testing.assert_allclose(out, attention(q, k, v), rtol=0, atol=1e-6)
-
-
-SHARDED = """
-import jax, numpy as np
-from jax.sharding import PartitionSpec as P
-from flash_jax import LengthMask, flash_attention
-
-assert jax.device_count() == 8
-rng = np.random.default_rng(0)
-q, k, v = (rng.standard_normal((8, n, heads, 3)).astype(np.float32)
-           for n, heads in [(9, 16), (7, 8), (7, 8)])
-lengths, sinks = np.arange(8, dtype=np.int32), np.linspace(-2, 2, 16, dtype=np.float32)
-mesh = jax.sharding.Mesh(jax.devices(), "x")
-batch, heads, all_ = P("x"), P(None, None, "x"), P()
-
-
-def check(call, in_specs, out_specs, *arrays):
-    sharded = jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*arrays)
-    np.testing.assert_allclose(sharded, call(*arrays), rtol=0, atol=1e-6)
-
-
-def attend(q, k, v, **options):
-    return flash_attention(q, k, v, block_sizes=(4, 3), **options)
-
-
-check(attend, batch, batch, q, k, v)
-check(attend, heads, heads, q, k, v)
-check(lambda q, k, v, n: attend(q, k, v, is_causal=True, mask=LengthMask(kv=n)),
-      batch, batch, q, k, v, lengths)
-check(lambda q, k, v, sinks: attend(q, k, v, sinks=sinks, local_window_size=2),
-      (heads, heads, heads, batch), heads, q, k, v, sinks)
-check(jax.vmap(lambda q, k, v: attend(q, k, v, is_causal=True), in_axes=(0, None, None)),
-      (batch, all_, all_), batch, q, k[0], v[0])
-print("done")
-"""
-
-
-def test_shard_map_over_batch_and_over_heads():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout == "done\n", run.stderr[-4000:]

@@ -1,0 +1,139 @@
+"""Every path under ``shard_map``, beside the unsharded call: run by ``test_sharding.py``.
+
+python tests/sharded.py long|short      prints a line per failure, then how many comparisons passed
+"""
+
+import functools
+import sys
+import traceback
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+from paths import PATHS, derivatives
+
+from flash_jax import flash_attention
+
+SIZES = {
+    "long": {"B": 4, "T": 37, "S": 41, "N": 8, "K": 4, "H": 5},  # a batch element per device
+    "short": {"B": 12, "T": 7, "S": 5, "N": 8, "K": 4, "H": 5},  # several, which share a step
+}
+AXES = {"axis_types": (jax.sharding.AxisType.Auto,) * 2}
+
+
+def mesh_of(data, model):
+    types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=types)
+
+
+# The mesh, which of its axes cut which axes of the arrays, and check_vma.
+BATCH = mesh_of(4, 1), {"B": "data"}, True
+HEADS = mesh_of(1, 4), {"N": "model", "K": "model"}, True
+PART = mesh_of(2, 2), {"B": "data"}, False  # the other axis of the mesh stays automatic
+MESHES = {"long": (BATCH, (*HEADS[:2], False)), "short": (BATCH, HEADS, PART)}
+# LLVM's optimization would take most of the time; what is compared is arithmetic, not speed.
+OUT = "BTNH", "BNT"  # the axes of output and lse
+UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=UNOPTIMIZED)
+    return jax.tree.map(np.asarray, compiled(*arguments))
+
+
+def spec(axes, cuts):
+    return PartitionSpec(*(cuts.get(axis) for axis in axes))
+
+
+def alone(path, x, weights):
+    return run(functools.partial(derivatives, path), x, weights)
+
+
+def part(y, axes, cuts, i, count):
+    """What device i of count has of an array."""
+    for n, axis in enumerate(axes):
+        if axis in cuts:
+            y = np.split(y, count, n)[i]
+    return y
+
+
+def parts(path, x, weights, cuts, count):
+    """The unsharded function of each device's own part, put together."""
+    results = []
+    for i in range(count):
+        own = {name: part(y, path.all_axes[name], cuts, i, count) for name, y in x.items()}
+        ws = (part(w, axes, cuts, i, count) for w, axes in zip(weights, OUT, strict=True))
+        results.append(alone(path, own, tuple(ws)))
+
+    def join(axes, ys):
+        cut = [n for n, axis in enumerate(axes) if axis in cuts]
+        return np.concatenate(ys, cut[0]) if cut else sum(ys)
+
+    names = {name: path.all_axes[name] for name in path.floats}
+    return jax.tree.map(lambda axes, *ys: join(axes, ys), (OUT, OUT, names), *results)
+
+
+def sharded(path, mesh, cuts, vma):
+    """The path with its call under ``shard_map``."""
+    specs = {name: spec(axes, cuts) for name, axes in path.all_axes.items()}
+    call = jax.shard_map(
+        path.call,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=tuple(spec(axes, cuts) for axes in OUT),
+        check_vma=vma,
+        axis_names=set(cuts.values()),
+    )
+    return path._replace(call=call)
+
+
+def compare(found, expected):
+    for y, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        size = max(1.0, np.max(np.abs(right), initial=0))
+        np.testing.assert_allclose(y, right, rtol=0, atol=1e-5 * size)
+
+
+def check_gradients_inside(x):
+    """Keys that all devices share get the sum of what each device's queries give."""
+    mesh, cuts, _ = BATCH
+    call = jax.vmap(functools.partial(flash_attention, is_causal=True), in_axes=(0, None, None))
+    qkv = x["query"], x["key"][0], x["value"][0]
+
+    def inside(*qkv):
+        return jax.grad(lambda *qkv: jnp.sum(call(*qkv) ** 2), argnums=(0, 1, 2))(*qkv)
+
+    specs = spec("BTNH", cuts), spec("SKH", cuts), spec("SKH", cuts)
+    sharded = jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs)
+    for y, right in zip(run(sharded, *qkv), run(inside, *qkv), strict=True):
+        np.testing.assert_allclose(y, right, rtol=0, atol=1e-4)
+
+
+def main(length):
+    """Traces every path on every mesh, and runs it on one of them."""
+    assert jax.device_count() == 4
+    rng, meshes, passed = np.random.default_rng(20180508), MESHES[length], 0
+    for turn, (name, path) in enumerate(PATHS.items()):
+        x = path.arrays(rng, **SIZES[length])
+        sizes = SIZES[length] | {"T": x["query"].shape[1]}
+        shapes = (tuple(sizes[axis] for axis in axes) for axes in OUT)
+        weights = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        for i, (mesh, cuts, vma) in enumerate(meshes):
+            try:
+                ours = sharded(path, mesh, cuts, vma)
+                if i != turn % len(meshes):
+                    jax.eval_shape(functools.partial(derivatives, ours), x, weights)
+                elif path.per_shard:  # dropout goes by the indices on each device
+                    count = mesh.shape[next(iter(cuts.values()))]
+                    compare(alone(ours, x, weights), parts(path, x, weights, cuts, count))
+                else:
+                    compare(alone(ours, x, weights), alone(path, x, weights))
+                passed += 1
+            except Exception:
+                print(f"{name}, {cuts}:", traceback.format_exc()[-1500:])
+    check_gradients_inside(PATHS["plain"].arrays(rng, **SIZES[length]))
+    print(passed, "passed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,12 @@
+"""Under ``shard_map`` every path gives what it gives unsharded, with its derivatives."""
+
+import pytest
+from paths import PATHS
+from processes import run_script
+
+
+@pytest.mark.parametrize(("length", "meshes"), [("long", 2), ("short", 3)])
+def test_every_path_under_shard_map(length, meshes):
+    """Forward, tangent and gradients; by batch, by heads and over a part of the mesh."""
+    printed = run_script("sharded.py", length, devices=4)
+    assert printed == f"{meshes * len(PATHS)} passed\n", printed[-4000:]
