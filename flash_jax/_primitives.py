@@ -35,6 +35,7 @@ from ._backward import backward, gradient_shapes
 from ._forward import Results, forward, forward_shapes
 from ._jax_versions import report_nan
 from ._operands import Differentiable, Operands, Static, varying_as
+from ._shapes import no_taylor_series
 from ._tangent import tangent
 
 
@@ -121,15 +122,9 @@ def _primitive(
 
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
     batching.primitive_batchers[primitive] = functools.partial(_fold, primitive)
-    jet.jet_rules[primitive] = _no_taylor_series
+    jet.jet_rules[primitive] = no_taylor_series
     report_nan(primitive)
     return primitive
-
-
-def _no_taylor_series(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        "attention has no Taylor series by jax.experimental.jet; nest jax.jvp for its derivatives"
-    )
 
 
 @functools.lru_cache(maxsize=256)

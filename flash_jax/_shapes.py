@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.core import Tracer
+from jax.experimental import jet
 
 _MAX_LENGTH = 2**30
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -28,6 +29,8 @@ def as_floats(**arrays: object) -> list[Array]:
     for name, x in arrays.items():
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
             raise TypeError(f"{name} must be an array; it is {type(x).__name__}")
+        if isinstance(x, jet.JetTracer):
+            no_taylor_series()
         converted[name] = jnp.asarray(x)
     first = next(iter(converted))
     dtype = converted[first].dtype
@@ -37,6 +40,13 @@ def as_floats(**arrays: object) -> list[Array]:
         if x.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of {first}, {dtype}; it is {x.dtype}")
     return list(converted.values())
+
+
+def no_taylor_series(*_: Any, **__: Any) -> Any:
+    """Raises, as the rule of a primitive or before one."""
+    raise NotImplementedError(
+        "attention has no Taylor series by jax.experimental.jet; nest jax.jvp for its derivatives"
+    )
 
 
 def as_int8(**arrays: object) -> list[Array]:
