@@ -16,7 +16,7 @@ try:
     import equinox as eqx
 except ImportError as error:
     raise ImportError(
-        "flash_jax.equinox needs Equinox: pip install 'flash-jax[equinox]'"
+        "flash_jax.equinox needs Equinox: pip install -e '.[equinox]' in the checkout of flash_jax"
     ) from error
 
 Model = TypeVar("Model")
