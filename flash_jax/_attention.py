@@ -45,6 +45,7 @@ def flash_attention(
 
     A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
     together. Without the axis B, every array is without it: lengths and offsets are scalars.
+    Options that are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.

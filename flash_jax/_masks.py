@@ -26,8 +26,10 @@ from jax.typing import ArrayLike
 from ._query_tile import Axis, QueryTile, Range
 from ._shapes import (
     Sizes,
+    as_option,
     bind_integers,
     bind_scores,
+    check_integers,
     natural_number,
     positive_integer,
     window_side,
@@ -60,6 +62,14 @@ class Mask:
     masks: ClassVar[tuple[str, ...]] = ()  # the fields that hold masks
 
     optional: ClassVar[bool] = False  # whether the arrays may be None
+
+    def __post_init__(self) -> None:
+        for name in self.arrays:
+            x = getattr(self, name)
+            if isinstance(x, list):  # a tree would take it apart
+                x = as_option(f"{type(self).__name__}.{name}", x)
+                object.__setattr__(self, name, x)
+            check_integers(f"{type(self).__name__}.{name}", x)
 
     def bind(self, sizes: Sizes) -> Mask:
         """The mask with its arrays checked, named in errors as the class's fields are."""
@@ -226,6 +236,7 @@ class WindowMask(Mask):
     offset: ArrayLike = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("left", "right"):
             object.__setattr__(self, name, window_side(name, getattr(self, name)))
 
