@@ -107,6 +107,13 @@ class Mask:
             CombinedMask(operator.or_, self, other) if isinstance(other, Mask) else NotImplemented
         )
 
+    def __bool__(self) -> bool:
+        """Refused: ``a and b`` would be b alone, without a word."""
+        raise TypeError(
+            f"{type(self).__name__} must not be used as a bool: combine masks by & and |, not by "
+            "`and`, `or` and `not`, and compare one with None by `is`"
+        )
+
     def to_array(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> Array:
         """The mask of one batch element and one query head as bool (T, S), to look at.
 

@@ -487,6 +487,21 @@ def test_a_mask_and_no_mask_do_not_combine(combine, message):
 
 
 @pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: mask and LengthMask(kv=3),
+        lambda mask: None or mask or LengthMask(kv=3),
+        lambda mask: not mask,
+        lambda mask: any([mask]),
+    ],
+)
+@pytest.mark.parametrize("mask", [CausalMask(), CausalMask() & PrefixMask(2)])
+def test_a_mask_is_no_bool(mask, use):
+    with refused(TypeError, f"{type(mask).__name__} must not be used as a bool: .* by & and \\|"):
+        use(mask)
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: CausalMask().to_array(0, 3), ValueError, "T must be > 0; it is 0"),
