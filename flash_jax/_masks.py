@@ -114,6 +114,15 @@ class Mask:
             "`and`, `or` and `not`, and compare one with None by `is`"
         )
 
+    @property
+    def ndim(self) -> int:
+        """Not there, as ``hasattr`` says: the first thing that Flax asks a mask for in decoding."""
+        raise AttributeError(
+            f"{type(self).__name__} must not be used as an array, and has no ndim: it describes "
+            "which query reads which key. Flax's decode=True combines the mask of its cache, which is "
+            "causal already, with arrays only: leave mask out, or pass a bool array"
+        )
+
     def to_array(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> Array:
         """The mask of one batch element and one query head as bool (T, S), to look at.
 
