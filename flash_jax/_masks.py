@@ -119,8 +119,8 @@ class Mask:
         """Not there, as ``hasattr`` says: the first thing that Flax asks a mask for in decoding."""
         raise AttributeError(
             f"{type(self).__name__} must not be used as an array, and has no ndim: it describes "
-            "which query reads which key. Flax's decode=True combines the mask of its cache, which is "
-            "causal already, with arrays only: leave mask out, or pass a bool array"
+            "which query reads which key. Flax's decode=True combines the mask of its cache, which "
+            "is causal already, with arrays only: leave mask out, or pass a bool array"
         )
 
     def to_array(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> Array:
