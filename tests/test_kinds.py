@@ -1,4 +1,6 @@
-"""Options as lists and as numbers of every kind: what they give is what arrays and floats give."""
+"""Options as lists, as numbers of every kind, and per batch element: they give what is expected of
+arrays, floats, and one call per element.
+"""
 
 from fractions import Fraction
 
@@ -6,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from oracle import assert_within_bound, attention
 
 import flash_jax
 from flash_jax import (
@@ -105,6 +108,55 @@ def test_lists_may_hold_traced_numbers(rng):
 
     assert_equal(jax.jit(call)(3, 0.25), call(3, 0.25))
     assert_equal(call(jnp.int32(3), np.float32(0.25)), call(3, 0.25))
+
+
+PER_ELEMENT = {
+    "scale": np.float32([0.3, -0.7]),
+    "logits_soft_cap": np.float32([0.5, 30]),
+    "sinks": np.linspace(-2, 3, B * N, dtype=np.float32).reshape(B, N),
+    "alibi_slopes": np.linspace(0, 1, B * N, dtype=np.float32).reshape(B, N),
+}
+
+
+def element(b, qkv, options):
+    return [x[b] for x in qkv], {name: x[b] for name, x in options.items()}
+
+
+def joined(results):
+    return [np.stack(x) for x in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in PER_ELEMENT), list(PER_ELEMENT)], ids=str)
+def test_each_batch_element_has_its_own(names, rng):
+    qkv, options = random_qkv(rng), {name: PER_ELEMENT[name] for name in names}
+    exact, plain = (
+        joined(attention(*x, dtype=dtype, **own) for x, own in
+               (element(b, qkv, options) for b in range(B)))
+        for dtype in (None, np.float32)
+    )  # fmt: skip
+    assert_within_bound(flash_attention_with_lse(*qkv, **options), exact, plain, np.float32)
+
+
+@pytest.mark.parametrize("function", [flash_attention_with_lse, flash_attention_int8_with_lse])
+def test_each_batch_element_has_the_results_and_derivatives_of_a_call_of_its_own(function, rng):
+    qkv = random_qkv(rng)
+
+    def loss(options, qkv):
+        out, lse = function(*qkv, **options)
+        return jnp.sum(out * jnp.cos(jnp.arange(3.0))) + jnp.sum(lse), (out, lse)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    gradients, results = run(PER_ELEMENT, qkv)
+    alone = [run(*element(b, qkv, PER_ELEMENT)[::-1]) for b in range(B)]
+    expected = jax.tree.map(lambda *x: np.stack(x), *alone)
+    for x, y in zip(jax.tree.leaves((gradients, results)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_each_batch_element_has_its_own_scale_in_the_plain_formula(rng):
+    qkv, scale = random_qkv(rng), PER_ELEMENT["scale"]
+    alone = [reference_attention(*(x[b] for x in qkv), scale=scale[b]) for b in range(B)]
+    np.testing.assert_allclose(reference_attention(*qkv, scale=scale), alone, rtol=1e-6, atol=1e-6)
 
 
 NUMBERS = [Fraction(1, 2), np.float16(0.5), np.array(Fraction(1, 2)), jnp.bfloat16(0.5)]
