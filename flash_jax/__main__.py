@@ -313,7 +313,7 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="measure speed beside jax.nn, PyTorch, ONNX Runtime and OpenVINO",
         description="Measures each case, in a process of its own and in alternating rounds, "
-        "beside jax.nn and, where they are installed (pip install 'flash-jax[bench]'), PyTorch, "
+        "beside jax.nn and, where they are installed (pip install -e '.[bench]'), PyTorch, "
         "ONNX Runtime and OpenVINO. "
         "Columns: median time and quartiles; the median ratio to flash_jax within a round; "
         "GFLOP/s of kept pairs, or GB/s of keys and values where reading them is the bound; that "

@@ -45,6 +45,7 @@ def flash_attention(
 
     A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
     together. Without the axis B, every array is without it: lengths and offsets are scalars.
+    Options that are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
@@ -53,7 +54,7 @@ def flash_attention(
         bias: float, broadcastable to (B, N, T, S); added to the scores. -inf masks.
         mask: bool, broadcastable to (B, N, T, S), True keeps the pair; or a ``Mask``. Tiles that it
             empties are skipped.
-        scale: factor on the products; a number or a traced scalar; default ``1 / sqrt(H)``.
+        scale: factor on the products, finite; a scalar or (B,); default ``1 / sqrt(H)``.
         is_causal: query t reads keys 0..t + query_offset. For T = 2, S = 4 and query_offset 0 the
             kept pairs are::
 
@@ -67,9 +68,10 @@ def flash_attention(
             causal diagonal bottom-right; the length of a cache is that of decoding.
         query_segment_ids: integers (B, T) or (T,): a query reads keys of its own segment.
         key_value_segment_ids: integers (B, S) or (S,).
-        logits_soft_cap: c > 0: a product x becomes c * tanh(x / c).
-        sinks: float (N,): one more logit per head, of value 0, in the denominator and in lse [3].
-        alibi_slopes: float (N,): adds ``-slope * |t + query_offset - s|`` [4].
+        logits_soft_cap: c > 0, a scalar or (B,): a product x becomes c * tanh(x / c).
+        sinks: float (N,) or (B, N): one more logit per head, of value 0, in the denominator and in
+            lse [3].
+        alibi_slopes: float (N,) or (B, N): adds ``-slope * |t + query_offset - s|`` [4].
         dropout_rate: in [0, 1): each probability is dropped at this rate, after the statistics
             of the softmax, and the others divided by 1 - rate.
         dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices

@@ -16,7 +16,7 @@ from ._int8 import summable
 from ._int8_operands import shift, to_floats, to_integers, to_operands
 from ._masks import Mask
 from ._operands import Operands, Static
-from ._options import Options, bind_options, check_options
+from ._options import Options, as_mask, bind_options, check_options
 from ._primitives import attention
 from ._quantization import QuantizedArray, check_quantized, dequantize
 from ._shapes import as_floats, check_probability_dtype, check_qkv
@@ -173,6 +173,7 @@ def flash_attention_int8_with_lse(
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
+    mask = as_mask(mask)
     options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
     probabilities = check_probability_dtype("probability_dtype", probability_dtype)
     options = options._replace(probabilities=probabilities)

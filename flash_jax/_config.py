@@ -8,7 +8,7 @@ import numbers
 
 from ._block_sizes import Problem
 from ._choices import best_blocks
-from ._shapes import BlockSizes, positive_integer
+from ._shapes import BlockSizes, as_reals, positive_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,7 @@ class FlashAttentionConfig:
         scale = 1 / math.sqrt(self.head_dim) if self.softmax_scale is None else self.softmax_scale
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
             raise TypeError(f"softmax_scale must be a real number or None; it is {scale!r}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"softmax_scale must be finite and > 0; it is {scale!r}")
+        scale = as_reals("softmax_scale", scale, positive=True)
         object.__setattr__(self, "softmax_scale", float(scale))
 
     @property

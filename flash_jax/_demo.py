@@ -359,7 +359,7 @@ def check_plot(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        message = "--plot needs matplotlib, which is missing: pip install 'flash-jax[plot]'"
+        message = "--plot needs matplotlib, which is missing: pip install -e '.[plot]'"
         raise InputError(message) from error
     check_writable("--plot", path)
 

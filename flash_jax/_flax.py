@@ -36,7 +36,9 @@ def nnx_attention_fn(
     ``nnx.MultiHeadAttention(..., attention_fn=flash_jax.nnx_attention_fn)`` has the parameters,
     caches and outputs it had, in memory linear in T and S. Masks as arrays, such as those of
     ``nnx.make_causal_mask``, work, but are T x S themselves: call the layer with
-    ``is_causal=True``, or with ``mask=flash_jax.CausalMask()`` or another ``Mask``.
+    ``is_causal=True``, or with ``mask=flash_jax.CausalMask()`` or another ``Mask``. With
+    ``decode=True`` the layer combines the mask of its cache, which is causal already, with arrays
+    only: there it takes no mask, or an array.
 
     Args:
         query: (..., T, N, H), any number of batch axes.
@@ -124,7 +126,8 @@ def linen_attention_fn(
 
     ``nn.MultiHeadDotProductAttention(..., attention_fn=flash_jax.linen_attention_fn)`` has the
     parameters, caches and outputs it had, in memory linear in T and S. Call the layer with
-    ``mask=flash_jax.CausalMask()`` instead of a T x S array.
+    ``mask=flash_jax.CausalMask()`` instead of a T x S array; with ``decode=True`` with none, or an
+    array, as ``nnx_attention_fn`` says.
 
     Args:
         query, key, value, bias, mask: as ``nnx_attention_fn``, like all that is not named here.

@@ -25,10 +25,10 @@ from ._shapes import (
     accumulator,
     as_floats,
     as_int8,
+    as_scale,
     check_kernel,
     check_probability_dtype,
     check_rank,
-    check_scale,
 )
 from ._straight_through import straight_through
 from ._tiles import Layout
@@ -153,7 +153,7 @@ def flash_attention_forward_i8(
     q, k, v = as_int8(q=q, k=k, v=v)
     check_rank("q", q, "(T, H)", 2)
     check_kernel(config.head_dim, q, k, v)
-    scales = _check_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    scales = _as_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     dtype = check_probability_dtype("probability_dtype", probability_dtype)
     return _attention_int8(config, dtype, q[None], k[None], v[None], *scales)[0]
 
@@ -198,7 +198,7 @@ def flash_mha_i8(
     q, k, v = as_int8(q=q, k=k, v=v)
     check_rank("q", q, "(N, T, H)", 3)
     check_kernel(config.head_dim, q, k, v)
-    scales = _check_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+    scales = _as_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     dtype = check_probability_dtype("probability_dtype", probability_dtype)
     return _attention_int8(config, dtype, q, k, v, *scales)
 
@@ -220,10 +220,8 @@ def _scores(config: FlashAttentionConfig, dtype: DTypeLike) -> Scores:
     return Scores(scale, CausalMask().bind(Sizes()) if config.causal else None)
 
 
-def _check_scales(**scales: ArrayLike) -> list[ArrayLike]:
-    for name, x in scales.items():
-        check_scale(name, x)
-    return list(scales.values())
+def _as_scales(**scales: ArrayLike) -> list[ArrayLike]:
+    return [as_scale(name, x) for name, x in scales.items()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

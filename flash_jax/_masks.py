@@ -26,8 +26,10 @@ from jax.typing import ArrayLike
 from ._query_tile import Axis, QueryTile, Range
 from ._shapes import (
     Sizes,
+    as_option,
     bind_integers,
     bind_scores,
+    check_integers,
     natural_number,
     positive_integer,
     window_side,
@@ -60,6 +62,14 @@ class Mask:
     masks: ClassVar[tuple[str, ...]] = ()  # the fields that hold masks
 
     optional: ClassVar[bool] = False  # whether the arrays may be None
+
+    def __post_init__(self) -> None:
+        for name in self.arrays:
+            x = getattr(self, name)
+            if isinstance(x, list):  # a tree would take it apart
+                x = as_option(f"{type(self).__name__}.{name}", x)
+                object.__setattr__(self, name, x)
+            check_integers(f"{type(self).__name__}.{name}", x)
 
     def bind(self, sizes: Sizes) -> Mask:
         """The mask with its arrays checked, named in errors as the class's fields are."""
@@ -95,6 +105,22 @@ class Mask:
         """Keeps the pairs that either keeps."""
         return (
             CombinedMask(operator.or_, self, other) if isinstance(other, Mask) else NotImplemented
+        )
+
+    def __bool__(self) -> bool:
+        """Refused: ``a and b`` would be b alone, without a word."""
+        raise TypeError(
+            f"{type(self).__name__} must not be used as a bool: combine masks by & and |, not by "
+            "`and`, `or` and `not`, and compare one with None by `is`"
+        )
+
+    @property
+    def ndim(self) -> int:
+        """Not there, as ``hasattr`` says: the first thing that Flax asks a mask for in decoding."""
+        raise AttributeError(
+            f"{type(self).__name__} must not be used as an array, and has no ndim: it describes "
+            "which query reads which key. Flax's decode=True combines the mask of its cache, which "
+            "is causal already, with arrays only: leave mask out, or pass a bool array"
         )
 
     def to_array(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> Array:
@@ -226,6 +252,7 @@ class WindowMask(Mask):
     offset: ArrayLike = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("left", "right"):
             object.__setattr__(self, name, window_side(name, getattr(self, name)))
 

@@ -20,15 +20,17 @@ from ._shapes import (
     Sizes,
     accumulator,
     as_block_sizes,
+    as_option,
+    as_reals,
     bind_integers,
     bind_reals,
     bind_scores,
-    check_array,
     check_bool,
-    check_int32,
-    check_positive,
+    check_integers,
     check_window,
 )
+
+_REALS = "scale", "logits_soft_cap"
 
 
 class Options(NamedTuple):
@@ -65,21 +67,31 @@ class Bound(NamedTuple):
 def check_options(
     arrays: dict[str, Any], mask: Any, is_causal: Any, local_window_size: Any, block_sizes: Any
 ) -> Options:
-    """Checks what needs no shapes; arrays are the options that may be traced, by name."""
+    """Checks what needs no shapes.
+
+    Args:
+        arrays: the options that may be traced, by name. Lists among them are replaced by arrays.
+    """
     if arrays["query_offset"] is None:
         raise TypeError("query_offset must be an integer or an array of them; it is None")
     for name, x in arrays.items():
-        check_array(name, x)
-        check_int32(name, x)
-    if not isinstance(mask, Mask):
-        check_array("mask", mask)
-    check_positive("logits_soft_cap", arrays["logits_soft_cap"])
+        if name in _REALS:
+            arrays[name] = as_reals(name, x, positive=name == "logits_soft_cap")
+        else:
+            arrays[name] = as_option(name, x)
+            check_integers(name, arrays[name])
+    as_mask(mask)
     return Options(
         is_causal=check_bool("is_causal", is_causal),
         window=check_window("local_window_size", local_window_size),
         blocks=None if block_sizes is None else as_block_sizes(block_sizes),
         tuned=tuned() if block_sizes is None else 0,
     )
+
+
+def as_mask(mask: Any) -> Any:
+    """A ``Mask``, an array or None; lists become an array before ``jit`` takes them apart."""
+    return mask if isinstance(mask, Mask) else as_option("mask", mask)
 
 
 def bind_options(

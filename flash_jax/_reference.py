@@ -8,7 +8,7 @@ from jax import Array, nn
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from ._shapes import accumulator, as_floats, check_qkv
+from ._shapes import Sizes, accumulator, as_floats, as_reals, bind_reals, check_qkv
 
 
 def reference_attention(
@@ -16,7 +16,7 @@ def reference_attention(
     key: ArrayLike,
     value: ArrayLike,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
 ) -> Array:
     """``softmax(scale * query @ key.T) @ value`` per head, holding all T x S scores.
@@ -25,7 +25,7 @@ def reference_attention(
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
         key: (B, S, K, H) or (S, K, H), dtype of query. Query head n reads head ``n // (N // K)``.
         value: (B, S, K, Hv) or (S, K, Hv), dtype of query.
-        scale: factor on the logits; default ``1 / sqrt(H)``.
+        scale: factor on the logits, a scalar or (B,); default ``1 / sqrt(H)``.
         is_causal: query t reads keys 0..t.
 
     Returns:
@@ -49,7 +49,9 @@ def reference_attention(
     check_qkv(query, key, value)
     groups = query.shape[-2] // max(key.shape[-2], 1)
     acc = accumulator(query.dtype)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else as_reals("scale", scale)
+    scale = bind_reals("scale", scale, "", Sizes(B=query.shape[0], batched=query.ndim == 4))
+    scale = scale.astype(acc).reshape(-1, *(1,) * (query.ndim - 1))
     key, value = jnp.repeat(key, groups, axis=-2), jnp.repeat(value, groups, axis=-2)
     s = jnp.einsum("...tnh,...snh->...nts", query, key, preferred_element_type=acc) * scale
     if is_causal:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
+import reprlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import chex
@@ -61,10 +64,19 @@ def as_int8(**arrays: object) -> list[Array]:
     return converted
 
 
+@contextlib.contextmanager
+def _saying(message: str) -> Iterator[None]:
+    """Fails as a ValueError that says our sentence where one of Chex's assertions fails."""
+    try:
+        yield
+    except AssertionError:
+        raise ValueError(message) from None
+
+
 def check_rank(name: str, x: Array, axes: str, rank: int) -> None:
     """Checks the number of axes, and that their sizes are known."""
-    message = f"{name} must be {axes}; its shape is {x.shape}"
-    chex.assert_rank(x, rank, exception_type=ValueError, custom_message=message)
+    with _saying(f"{name} must be {axes}; its shape is {x.shape}"):
+        chex.assert_rank(x, rank)
     if not all(isinstance(size, int) for size in x.shape):
         raise NotImplementedError(f"{name} must have no symbolic sizes; its shape is {x.shape}")
 
@@ -73,8 +85,8 @@ def check_shape(name: str, x: Array, axes: str, expected: tuple[int | None, ...]
     """Checks x against the sizes of its axes, None where any will do."""
     check_rank(name, x, axes, len(expected))
     sizes = ", ".join("any" if size is None else str(size) for size in expected)
-    message = f"{name} must be {axes} = ({sizes}); its shape is {x.shape}"
-    chex.assert_shape(x, expected, exception_type=ValueError, custom_message=message)
+    with _saying(f"{name} must be {axes} = ({sizes}); its shape is {x.shape}"):
+        chex.assert_shape(x, expected)
     # Positions are int32, and the end of a tile is computed from its start.
     if max(x.shape, default=0) >= _MAX_LENGTH:
         raise ValueError(f"{name} must have axes shorter than 2**30; its shape is {x.shape}")
@@ -201,12 +213,50 @@ def _of_kind(name: str, x: Any, spelled: str, kinds: type | tuple[type, ...]) ->
     return x
 
 
-def check_array(name: str, x: Any) -> None:
-    """Checks that an option is None, a number or an array."""
-    if not (
-        x is None or isinstance(x, numbers.Real) or (hasattr(x, "dtype") and hasattr(x, "shape"))
-    ):
-        raise TypeError(f"{name} must be an array or None; it is {type(x).__name__}")
+def as_option(name: str, x: Any) -> Any:
+    """An option that may be traced, as None, a number or an array.
+
+    Lists are arrays before ``jit`` takes them apart, and real numbers of other kinds are floats.
+    """
+    if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
+        x = x.tolist()  # JAX has no arrays of objects and strings
+    if isinstance(x, list | tuple):
+        return _of_list(name, x)
+    if x is None or isinstance(x, int) or (hasattr(x, "dtype") and hasattr(x, "shape")):
+        return x
+    if not isinstance(x, numbers.Real):
+        raise TypeError(
+            f"{name} must be a number, a list of numbers, an array or None; it is "
+            f"{type(x).__name__}"
+        )
+    return _as_float(x)
+
+
+def _of_list(name: str, x: list[Any] | tuple[Any, ...]) -> Any:
+    """The numbers of a list, or of lists of equally long lists, as an array."""
+    traced = any(isinstance(leaf, Array) for leaf in jax.tree.leaves(x))
+    try:
+        array = jnp.asarray(x) if traced else np.asarray(x)
+    except (TypeError, ValueError):  # ragged, for example
+        array = None
+    if isinstance(array, np.ndarray) and array.dtype == object:
+        entries = list(array.flat)
+        if all(isinstance(n, numbers.Real) for n in entries):
+            array = np.array([_as_float(n) for n in entries]).reshape(array.shape)
+    kinds = np.bool_, np.integer, jnp.floating
+    if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise TypeError(
+            f"{name} must hold real numbers, in lists of one length; it is {reprlib.repr(x)}"
+        )
+    return array
+
+
+def _as_float(x: Any) -> float:
+    """A real number of any kind; infinite where it is too large."""
+    try:
+        return float(x)
+    except OverflowError:
+        return np.inf if x > 0 else -np.inf
 
 
 def check_bool(name: str, x: Any) -> bool:
@@ -216,33 +266,41 @@ def check_bool(name: str, x: Any) -> bool:
     return bool(x)
 
 
-def check_positive(name: str, x: Any) -> None:
-    """Checks that a number, where its value is known, is finite and > 0."""
-    if x is None or isinstance(x, Tracer):
-        return
-    if not np.all(np.isfinite(x) & (np.asarray(x) > 0)):
-        raise ValueError(f"{name} must be finite and > 0; it is {x}")
+def as_reals(name: str, x: Any, *, positive: bool = False) -> Any:
+    """Real numbers, which must be finite, or also > 0, where their values are known."""
+    x = as_option(name, x)
+    if isinstance(x, int) and not isinstance(x, bool):
+        x = _as_float(x)
+    if x is None or isinstance(x, bool | Tracer):
+        return x
+    own = getattr(x, "dtype", float)
+    if any(jnp.issubdtype(own, kind) for kind in (np.integer, jnp.floating)):
+        dtype = jax.dtypes.canonicalize_dtype(float)
+        with np.errstate(over="ignore"):
+            known = np.asarray(x).astype(dtype)
+        if not np.all(np.isfinite(known) & (known > 0 if positive else True)):
+            also = " and > 0" if positive else ""
+            raise ValueError(f"{name} must be finite in {dtype}{also}; it is {x}")
+    return x
 
 
-def check_scale(name: str, x: Any) -> None:
-    """Checks that a scale is one real number, and >= 0 in float32 where its value is known."""
-    dtype = getattr(x, "dtype", None)
-    if dtype is None:
-        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+def as_scale(name: str, x: Any) -> Any:
+    """One real number, which must be >= 0 and finite in float32 where its value is known."""
+    if hasattr(x, "dtype"):
+        real = any(jnp.issubdtype(x.dtype, kind) for kind in (np.integer, jnp.floating))
     else:
-        real = any(jnp.issubdtype(dtype, kind) for kind in (np.integer, jnp.floating))
+        real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     if not real:
         raise TypeError(f"{name} must be a real number or a scalar array of one; it is {x!r}")
     shape = getattr(x, "shape", ())
     if shape:
         raise ValueError(f"{name} must be a scalar; its shape is {shape}")
-    if not isinstance(x, Tracer):
-        try:
-            value = float(x)  # pyright: ignore[reportArgumentType]
-        except OverflowError:
-            value = np.inf
-        if not 0 <= value <= float(np.finfo(np.float32).max):
-            raise ValueError(f"{name} must be finite in float32 and >= 0; it is {x}")
+    if isinstance(x, Tracer):
+        return x
+    value = _as_float(x)
+    if not 0 <= value <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name} must be finite in float32 and >= 0; it is {value}")
+    return x if hasattr(x, "dtype") else value
 
 
 def check_dropout(name: str, rate: Any, rng_name: str, rng: Any) -> float:
@@ -301,10 +359,25 @@ def window_side(name: str, side: Any) -> int | None:
     return min(int(side), _MAX_LENGTH)  # wider than any sequence is open
 
 
-def check_int32(name: str, x: Any) -> None:
-    """Checks that an integer, where its value is known, is one of int32."""
-    if isinstance(x, numbers.Integral) and not -(2**31) <= int(x) < 2**31:
-        raise ValueError(f"{name} must fit into int32; it is {x}")
+def check_integers(name: str, x: Any) -> None:
+    """Checks that integers, where their values are known, are of the integers that JAX has."""
+    if isinstance(x, numbers.Integral):
+        low = high = int(x)
+        dtype = np.dtype(np.int32)
+    elif isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size:
+        low, high = int(x.min()), int(x.max())
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    else:
+        return
+    info = np.iinfo(dtype)
+    if low < info.min or high > info.max:
+        shown = low if low < info.min else high
+        raise ValueError(f"{name} must fit into {dtype}; it is {_shown(shown)}")
+
+
+def _shown(x: int) -> str:
+    """An integer; Python refuses to print the longest."""
+    return str(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
 
 
 def natural_number(name: str, value: object) -> int:

@@ -16,7 +16,7 @@ try:
     import equinox as eqx
 except ImportError as error:
     raise ImportError(
-        "flash_jax.equinox needs Equinox: pip install 'flash-jax[equinox]'"
+        "flash_jax.equinox needs Equinox: pip install -e '.[equinox]' in the checkout of flash_jax"
     ) from error
 
 Model = TypeVar("Model")
@@ -99,7 +99,10 @@ def from_equinox(model: Model) -> Model:
 
     Args:
         model: a layer, or any pytree with layers in it. Their arrays are shared, not copied.
-            Layers of subclasses stay what they are.
+            Layers of subclasses stay what they are, those of this module among them.
+
+    Raises:
+        ValueError: there is none, so that the model would come back as it was.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -108,6 +111,11 @@ def from_equinox(model: Model) -> Model:
         >>> bool(jnp.allclose(from_equinox(layer)(x, x, x), layer(x, x, x), atol=1e-6))
         True
     """
+    if not any(map(_is_equinox, jax.tree.leaves(model, is_leaf=_is_equinox))):
+        raise ValueError(
+            "model must have an equinox.nn.MultiheadAttention in it, of this class itself: layers "
+            f"of subclasses stay what they are; it is {type(model).__name__} without one"
+        )
     return jax.tree.map(_convert, model, is_leaf=_is_equinox)
 
 

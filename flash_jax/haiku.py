@@ -10,7 +10,9 @@ from ._masks import Mask
 try:
     import haiku as hk
 except ImportError as error:
-    raise ImportError("flash_jax.haiku needs Haiku: pip install 'flash-jax[haiku]'") from error
+    raise ImportError(
+        "flash_jax.haiku needs Haiku: pip install -e '.[haiku]' in the checkout of flash_jax"
+    ) from error
 
 
 class MultiHeadAttention(hk.MultiHeadAttention):

@@ -375,7 +375,7 @@ def test_a_failed_run_leaves_no_empty_plot(tmp_path):
 def test_plot_without_matplotlib_names_what_to_install(text_file, tmp_path, capsys, no_module):
     no_module("matplotlib")
     assert main(["demo", text_file, "--plot", str(tmp_path / "out.png")]) == 2
-    assert "pip install 'flash-jax[plot]'" in capsys.readouterr().err
+    assert "pip install -e '.[plot]'" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_without_a_traceback(text_file, monkeypatch):

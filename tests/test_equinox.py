@@ -96,9 +96,6 @@ def test_dropout(rng):
 
 
 def test_every_layer_of_a_model_is_converted(rng):
-    class Subclass(eqx.nn.MultiheadAttention):
-        pass
-
     subclass = Subclass(N, D, key=jax.random.key(1))
     model = {"blocks": [layer(), layer()], "norm": eqx.nn.LayerNorm(D), "other": subclass}
     converted = flash_jax.equinox.from_equinox(model)
@@ -106,6 +103,35 @@ def test_every_layer_of_a_model_is_converted(rng):
     assert type(converted["other"]) is Subclass
     for ours, theirs in zip(jax.tree.leaves(converted), jax.tree.leaves(model), strict=True):
         assert ours is theirs
+
+
+class Attention(eqx.Module):
+    """Attention of a model's own, as an einsum."""
+
+    weight: jax.Array
+
+    def __call__(self, x):
+        return jax.nn.softmax(x @ self.weight @ x.T) @ x
+
+
+class Subclass(eqx.nn.MultiheadAttention):
+    pass
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Attention(jnp.eye(D)),
+        [Subclass(N, D, key=jax.random.key(1)), eqx.nn.Linear(D, D, key=jax.random.key(2))],
+        flash_jax.equinox.from_equinox(eqx.nn.MultiheadAttention(N, D, key=jax.random.key(3))),
+        {},
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_of_which_nothing_is_converted_is_refused(model):
+    message = r"model must have an equinox\.nn\.MultiheadAttention in it.* subclasses stay"
+    with pytest.raises(ValueError, match=f"{message}.*; it is {type(model).__name__} without one"):
+        flash_jax.equinox.from_equinox(model)
 
 
 def test_the_constructor_draws_the_same_weights_and_files_load():

@@ -126,11 +126,17 @@ def test_a_bias_beside_a_mask(shape, rng):
     assert_same(ours, theirs, random(rng, *shape), qkv)
 
 
-def test_decoding_of_nnx_step_by_step(rng):
+# What a decoding layer combines with the mask of its cache.
+DECODING = pytest.mark.parametrize("mask", [None, np.arange(S) != 1], ids=["none", "array"])
+
+
+@DECODING
+def test_decoding_of_nnx_step_by_step(mask, rng):
+    mask = None if mask is None else np.broadcast_to(mask, (B, N, 1, S))
     layers = nnx_layer(nnx_attention_fn), nnx_layer()
     for layer in layers:
         layer.init_cache((B, S, D))
-    step = nnx.jit(lambda layer, x: layer(x, decode=True))
+    step = nnx.jit(lambda layer, x: layer(x, mask=mask, decode=True))
     for _ in range(4):
         x = random(rng, B, 1, D)
         out, expected = (step(layer, x) for layer in layers)
@@ -140,10 +146,14 @@ def test_decoding_of_nnx_step_by_step(rng):
     jax.tree.map(np.testing.assert_array_equal, caches, expected)
 
 
-def test_decoding_of_linen_step_by_step(rng):
+@DECODING
+def test_decoding_of_linen_step_by_step(mask, rng):
+    mask = None if mask is None else np.broadcast_to(mask, (B, N, 1, S))
     layers = linen_layer(linen_attention_fn, decode=True), linen_layer(decode=True)
     variables = [layer.init(jax.random.key(0), random(rng, B, S, D)) for layer in layers]
-    steps = [jax.jit(functools.partial(layer.apply, mutable="cache")) for layer in layers]
+    steps = [
+        jax.jit(functools.partial(layer.apply, mask=mask, mutable="cache")) for layer in layers
+    ]
     for _ in range(4):
         x = random(rng, B, 1, D)
         results = [step(state, x) for step, state in zip(steps, variables, strict=True)]
@@ -152,6 +162,29 @@ def test_decoding_of_linen_step_by_step(rng):
         variables = [state | cache for state, (_, cache) in zip(variables, results, strict=True)]
     assert variables[0]["cache"]["cache_index"] == 4
     jax.tree.map(np.testing.assert_array_equal, *variables)
+
+
+NO_ARRAY = r"CausalMask must not be used as an array.*decode=True.*leave mask out, or pass a bool"
+
+
+def test_a_mask_in_decoding_is_refused_by_name(rng):
+    """Flax combines the mask of its cache with arrays alone."""
+    x, mask = random(rng, B, 1, D), flash_jax.CausalMask()
+    layer = nnx_layer(nnx_attention_fn)
+    layer.init_cache((B, S, D))
+    with pytest.raises(AttributeError, match=NO_ARRAY):
+        layer(x, mask=mask, decode=True)
+
+    layer = linen_layer(linen_attention_fn, decode=True)
+    variables = layer.init(jax.random.key(0), random(rng, B, S, D))
+    with pytest.raises(AttributeError, match=NO_ARRAY):
+        layer.apply(variables, x, mask=mask, mutable="cache")
+
+
+def test_a_mask_has_no_ndim_for_anybody():
+    for mask in (flash_jax.CausalMask(), flash_jax.CausalMask() | flash_jax.PrefixMask(1)):
+        assert not hasattr(mask, "ndim")
+        assert np.ndim(mask) == 0  # an object to NumPy
 
 
 def test_options_that_flax_does_not_know(rng):
