@@ -16,6 +16,7 @@ from ._operands import Operands, Static
 from ._options import Options, bind_options, check_options
 from ._primitives import attention
 from ._shapes import as_floats, check_dropout, check_qkv
+from ._symbolic import known
 from ._tiles import Layout
 
 
@@ -87,7 +88,7 @@ def flash_attention(
     Raises:
         ValueError: shapes, dtypes or ranges disagree; the message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: sizes are symbolic.
+        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
 
     Example:
         >>> import jax.numpy as jnp
@@ -199,7 +200,7 @@ def attention_of_floats(
     if dropout_rng is not None and dropout_rate:
         dropout_key = bind_key(dropout_rng)
     kv_layout = Layout.HEADS_LAST
-    if bound.blocks.q < query.shape[1]:  # they are read more than once
+    if not known(query.shape[1]) or bound.blocks.q < query.shape[1]:  # they are read repeatedly
         kv_layout = Layout.HEADS_FIRST
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)

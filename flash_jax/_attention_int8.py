@@ -87,7 +87,7 @@ def flash_attention_int8(
     Raises:
         ValueError: shapes, dtypes or ranges disagree; the message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: sizes are symbolic.
+        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
 
     Example:
         >>> import jax.numpy as jnp

@@ -25,6 +25,8 @@ FUSED_KEYS = 256
 # values, and those of all heads, of which more would take longer to multiply than the keys to read.
 _MOST_ROWS = 8
 _MOST_COLUMNS = 64
+# Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
+SYMBOLIC_LENGTH = 256
 _STREAMED_KEYS = 512  # per tile, where not all keys are read at once
 
 

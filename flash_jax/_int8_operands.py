@@ -19,6 +19,7 @@ from ._int8 import ZERO_POINT
 from ._operands import Quantization
 from ._quantization import QuantizedArray, round_to_int8, scales_of, spread
 from ._scores import rounded
+from ._symbolic import as_int32
 
 _MOST = 1e30  # a mean that may be subtracted from any float32
 
@@ -138,7 +139,8 @@ def _smoothed(key: Array, read: Array | None) -> tuple[Array, Array]:
 
     def mean_of(counted: Array | None) -> Array:
         if counted is None:
-            return jnp.sum(key, axis=1, keepdims=True) / np.float32(max(key.shape[1], 1))
+            count = jnp.maximum(as_int32(key.shape[1]), 1).astype(np.float32)
+            return jnp.sum(key, axis=1, keepdims=True) / count
         count = jnp.maximum(jnp.sum(counted, axis=1, keepdims=True, dtype=np.int32), 1)
         return jnp.sum(jnp.where(counted, key, 0), axis=1, keepdims=True) / count.astype(np.float32)
 

@@ -34,6 +34,7 @@ from ._shapes import (
     positive_integer,
     window_side,
 )
+from ._symbolic import as_int32, largest, pad_axes
 
 M = TypeVar("M", bound=type)
 
@@ -79,6 +80,17 @@ class Mask:
             if not (self.optional and getattr(self, name) is None)
         }
         return dataclasses.replace(self, **bound)  # pyright: ignore[reportArgumentType]
+
+    def padded(self, missing: dict[str, Any]) -> Mask:
+        """The bound mask with so many zeros behind the axes T and S of its arrays."""
+        arrays = {name: getattr(self, name) for name in self.arrays}
+        padded = {
+            name: pad_axes(x, ("B" + self.arrays[name])[-x.ndim :], missing)
+            for name, x in arrays.items()
+            if x is not None
+        }
+        padded |= {name: getattr(self, name).padded(missing) for name in self.masks}
+        return dataclasses.replace(self, **padded)  # pyright: ignore[reportArgumentType]
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
         """Whether the pairs of key tile j are kept: bool, broadcastable to ``tile.shape()``."""
@@ -223,7 +235,7 @@ class CausalMask(Mask):
         return s.first <= t.last + offset, s.last <= t.first + offset
 
     def read_keys(self, T: int, S: int) -> Array:
-        return _keys(S) <= _column(self.offset) + np.int32(T - 1)
+        return _keys(S) <= _column(self.offset) + as_int32(T - 1)
 
 
 @_mask
@@ -268,7 +280,7 @@ class WindowMask(Mask):
 
     def read_keys(self, T: int, S: int) -> Array:
         s, first = _keys(S), _column(self.offset)
-        return _inside(self, Range(s, s), Range(first, first + np.int32(T - 1)))
+        return _inside(self, Range(s, s), Range(first, first + as_int32(T - 1)))
 
 
 def _inside(mask: WindowMask, s: Range, t: Range) -> Array:
@@ -321,10 +333,11 @@ class SegmentMask(Mask):
 
     def read_keys(self, T: int, S: int) -> Array:
         q_ids, kv_ids = jnp.sort(jnp.asarray(self.q_ids), axis=1), jnp.asarray(self.kv_ids)
-        rows = max(q_ids.shape[0], kv_ids.shape[0])
+        rows = largest((q_ids.shape[0], kv_ids.shape[0]))
         q_ids, kv_ids = (jnp.broadcast_to(x, (rows, x.shape[1])) for x in (q_ids, kv_ids))
         first = jax.vmap(jnp.searchsorted)(q_ids, kv_ids)  # of the ids that are not less
-        nearest = jnp.take_along_axis(q_ids, jnp.minimum(first, max(T - 1, 0)), axis=1, mode="clip")
+        last = as_int32(T - 1 if T != 0 else 0)
+        nearest = jnp.take_along_axis(q_ids, jnp.minimum(first, last), axis=1, mode="clip")
         return nearest == kv_ids
 
 

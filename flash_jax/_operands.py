@@ -22,6 +22,7 @@ from ._query_tile import Axis, QueryTile
 from ._schedule import visits
 from ._scores import Scores
 from ._shapes import BlockSizes, accumulator
+from ._symbolic import as_int32, known, largest
 from ._tiles import Layout, take_tile
 
 C = TypeVar("C")
@@ -108,7 +109,7 @@ class Dimensions(NamedTuple):
         rows = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = static.layout.sizes(q), static.kv_layout.sizes(k)
         acc = accumulator(static.dtype)
-        return cls(max(rows) if all(rows) else 0, N, T, K, S, H, v.shape[-1], acc)
+        return cls(largest(rows), N, T, K, S, H, v.shape[-1], acc)
 
     @property
     def empty(self) -> bool:
@@ -134,19 +135,19 @@ def over_query_tiles(
     groups = dims.N // dims.K
     heads = heads_per_step(machine(), dims.K, groups * q.block, kv.block, copies)
     elements = 1
-    if several and kv.count == 1 and heads == dims.K:
+    if several and known(dims.rows) and kv.count == 1 and heads == dims.K:
         scores, keys = dims.N * q.block * kv.block, dims.K * dims.S * (dims.H + dims.Hv)
         elements = elements_per_step(machine(), dims.rows, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:
-        row, count = jnp.divmod(count, np.int32(dims.K // heads * q.count))
-        group, i = jnp.divmod(count, np.int32(q.count))
+        row, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
+        group, i = jnp.divmod(count, as_int32(q.count))
         row, batch = row * elements, (dims.rows, static.batch)
-        at = (row, batch, row % np.int32(static.batch), group * heads, heads, groups, i, elements)
+        at = (row, batch, row % as_int32(static.batch), group * heads, heads, groups, i, elements)
         return step(QueryTile(q, kv, *at), carry)
 
     steps = dims.rows // elements * (dims.K // heads) * q.count
-    return _loop(np.int32(0), np.int32(steps), at, varying_as(operands, carry))
+    return _loop(np.int32(0), as_int32(steps), at, varying_as(operands, carry))
 
 
 def over_key_tiles(
@@ -162,7 +163,7 @@ def over_key_tiles(
     if tile.kv.count == 1:
         return (full if scores.always_full(tile.kv) else partial)(jnp.int32(0), carry)
     if scores.always_full(tile.kv):
-        return _loop(np.int32(0), np.int32(tile.kv.count), full, carry)
+        return _loop(np.int32(0), as_int32(tile.kv.count), full, carry)
     order, count, end = visits(scores.schedule_row(tile))
     if not scores.always_partial:
         at_full = lambda x, carry: full(order[x], carry)  # noqa: E731

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from ._block_sizes import Problem
+from ._block_sizes import SYMBOLIC_LENGTH, Problem
 from ._choices import best_blocks, tuned
 from ._masks import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
 from ._scores import Scores
@@ -29,6 +29,7 @@ from ._shapes import (
     check_integers,
     check_window,
 )
+from ._symbolic import known
 
 _REALS = "scale", "logits_soft_cap"
 
@@ -45,6 +46,7 @@ class Options(NamedTuple):
     def problem(self, query: Any, key: Any, masked: bool) -> Problem:
         """What the choice of tiles for query (..., T, N, H) and key (..., S, K, H) depends on."""
         (T, N, H), (S, K) = query.shape[-3:], key.shape[-3:-1]
+        T, S = (size if known(size) else SYMBOLIC_LENGTH for size in (T, S))
         reach = None
         if self.window is not None:
             left, right = self.window

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import jet
@@ -36,14 +36,20 @@ from ._forward import Results, forward, forward_shapes
 from ._jax_versions import report_nan
 from ._operands import Differentiable, Operands, Static, varying_as
 from ._shapes import no_taylor_series
+from ._symbolic import known
 from ._tangent import tangent
+from ._whole_tiles import in_whole_tiles
 
 
 def attention(operands: Operands, static: Static) -> tuple[Array, Array]:
     """Output, laid out as q and of its dtype, and natural-log lse (B, N, T)."""
+    T = static.layout.sizes(operands.q)[2]
+    operands = in_whole_tiles(operands, static)
     leaves, tree = jax.tree.flatten(_split(varying_as(operands, operands)))
     out, lse, *_ = attention_p.bind(*leaves, tree=tree, static=static)
-    return out, lse
+    if known(T):
+        return out, lse
+    return lax.slice_in_dim(out, 0, T, axis=static.layout.value), lse[..., :T]
 
 
 def _split(operands: Operands) -> tuple[Differentiable, Operands]:

@@ -18,6 +18,8 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from ._symbolic import as_int32, known
+
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -45,14 +47,17 @@ class Range(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Positions 0..length-1 in tiles of ``block``, which is at most ``length``."""
+    """Positions 0..length-1 in tiles of ``block``, which is at most ``length``.
+
+    A symbolic length is a multiple of ``block``.
+    """
 
     length: int
     block: int
 
     @classmethod
     def of(cls, length: int, block: int) -> Axis:
-        return cls(length, min(length, block))
+        return cls(length, min(length, block) if known(length) else block)
 
     @property
     def count(self) -> int:
@@ -64,11 +69,12 @@ class Axis(NamedTuple):
 
     def start(self, i: Array) -> Array:
         """First position of tile i as it is loaded."""
-        return jnp.minimum(i * self.block, self.length - self.block)
+        return jnp.minimum(i * self.block, as_int32(self.length - self.block))
 
     def own(self, i: Array) -> Range:
         """Positions of tile i that no tile before it has."""
-        return Range(i * self.block, jnp.minimum((i + 1) * self.block, self.length) - 1)
+        end = jnp.minimum((i + 1) * self.block, as_int32(self.length))
+        return Range(i * self.block, end - 1)
 
 
 class QueryTile(NamedTuple):
@@ -154,7 +160,7 @@ class QueryTile(NamedTuple):
             served = self.batch[0] // x.shape[0]
             if served == 1:
                 return lax.dynamic_slice_in_dim(x, self.row, self.elements)
-            return x if x.shape[0] == 1 else x[(self.row + count) // np.int32(served)]
+            return x if x.shape[0] == 1 else x[(self.row + count) // as_int32(served)]
 
         def of_one(element: Array, leaves: list[Array]) -> R:
             rows = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
@@ -163,12 +169,12 @@ class QueryTile(NamedTuple):
 
         leaves, tree = jax.tree.flatten(arrays)
         axes = [None if x.shape[0] == 1 else 0 for x in leaves]
-        elements = (self.element + count) % np.int32(self.batch[1])
+        elements = (self.element + count) % as_int32(self.batch[1])
         return jax.vmap(of_one, in_axes=(0, axes))(elements, [part(x) for x in leaves])
 
     def row_of(self, x: Array) -> Array:
         """Index into the first axis of x, each entry of which serves equally many rows."""
-        return self.row // np.int32(self.batch[0] // x.shape[0])
+        return self.row // as_int32(self.batch[0] // x.shape[0])
 
     def of_element(self, x: Any) -> Array:
         """The part of x for this batch element, without its first axis."""

@@ -16,6 +16,8 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jax.experimental import jet
 
+from ._symbolic import known
+
 _MAX_LENGTH = 2**30
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _PROBABILITIES = ("uint8", "bfloat16", "float32")
@@ -74,11 +76,9 @@ def _saying(message: str) -> Iterator[None]:
 
 
 def check_rank(name: str, x: Array, axes: str, rank: int) -> None:
-    """Checks the number of axes, and that their sizes are known."""
+    """Checks the number of axes."""
     with _saying(f"{name} must be {axes}; its shape is {x.shape}"):
         chex.assert_rank(x, rank)
-    if not all(isinstance(size, int) for size in x.shape):
-        raise NotImplementedError(f"{name} must have no symbolic sizes; its shape is {x.shape}")
 
 
 def check_shape(name: str, x: Array, axes: str, expected: tuple[int | None, ...]) -> None:
@@ -88,8 +88,16 @@ def check_shape(name: str, x: Array, axes: str, expected: tuple[int | None, ...]
     with _saying(f"{name} must be {axes} = ({sizes}); its shape is {x.shape}"):
         chex.assert_shape(x, expected)
     # Positions are int32, and the end of a tile is computed from its start.
-    if max(x.shape, default=0) >= _MAX_LENGTH:
+    if max(filter(known, x.shape), default=0) >= _MAX_LENGTH:
         raise ValueError(f"{name} must have axes shorter than 2**30; its shape is {x.shape}")
+
+
+def check_heads(name: str, x: Any, sizes: tuple[Any, ...]) -> None:
+    """Checks that numbers and sizes of heads are no symbols."""
+    if not all(map(known, sizes)):
+        raise NotImplementedError(
+            f"{name} may be symbolic in the axes B, T and S only; its shape is {x.shape}"
+        )
 
 
 def check_kernel(head_dim: int, q: Array, k: Array, v: Array) -> None:
@@ -98,10 +106,13 @@ def check_kernel(head_dim: int, q: Array, k: Array, v: Array) -> None:
         check_shape("q", q, "(T, config.head_dim)", (None, head_dim))
         check_shape("k", k, "(S, config.head_dim)", (None, head_dim))
         check_shape("v", v, "(S of k, Hv)", (k.shape[0], None))
+        check_heads("v", v, v.shape[1:])
         return
     check_shape("q", q, "(N, T, config.head_dim)", (None, None, head_dim))
     check_shape("k", k, "(K, S, config.head_dim)", (None, None, head_dim))
     check_shape("v", v, "(K of k, S of k, Hv)", (*k.shape[:2], None))
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        check_heads(name, x, (x.shape[0], x.shape[2]))
     check_groups("q", q.shape[0], "k", k.shape[0])
 
 
@@ -118,6 +129,8 @@ def check_qkv(query: Array, key: Any, value: Any) -> None:
     check_shape("query", query, "(B, T, N, H)" if B else "(T, N, H)", (*B, None, None, None))
     check_shape("key", key, f"({b}S, K, H of query)", (*B, None, None, query.shape[-1]))
     check_shape("value", value, f"({b}S of key, K of key, Hv)", (*B, *key.shape[-3:-1], None))
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        check_heads(name, x, x.shape[-2:])
     check_groups("query", query.shape[-2], "key", key.shape[-2])
 
 

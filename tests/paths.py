@@ -81,7 +81,7 @@ def model(attend=flash_attention_with_lse, **static):
 
 def masked(x):
     lengths, ids = x["lengths"], x["ids"]
-    keys = jnp.zeros((len(ids), x["key"].shape[1]), ids.dtype)
+    keys = jnp.zeros((ids.shape[0], x["key"].shape[1]), ids.dtype)
     mask = (CausalMask() | LengthMask(kv=lengths)) & SegmentMask(ids, keys)
     return flash_attention_with_lse(x["query"], x["key"], x["value"], mask=mask)
 

@@ -69,13 +69,6 @@ def test_export_round_trip(qkv):
     np.testing.assert_array_equal(reloaded.call(q, k, v), mha(q, k, v))
 
 
-def test_export_of_a_symbolic_number_of_positions_is_refused_by_name(qkv):
-    (T,) = export.symbolic_shape("T")
-    spec = jax.ShapeDtypeStruct((2, T, 5), jnp.float32)
-    with pytest.raises(NotImplementedError, match="symbolic"):
-        export.export(jax.jit(mha))(spec, spec, spec)
-
-
 def test_a_second_call_of_the_same_shapes_does_not_trace(qkv):
     traces = []
 
@@ -307,25 +300,6 @@ def test_an_exported_call_takes_masks(model_qkv):
     mask = (PrefixMask(np.int32(2)) | CausalMask(np.int32(1))) & WindowMask(4, None, np.int32(0))
     exported = export.deserialize(export.export(call)(*model_qkv, mask).serialize())
     np.testing.assert_array_equal(exported.call(*model_qkv, mask), call(*model_qkv, mask))
-
-
-@pytest.mark.parametrize("name", ["query", "key", "lengths"])
-def test_symbolic_sizes_are_refused_by_name(name):
-    (n,) = export.symbolic_shape("n")
-
-    def spec(*shape, dtype=np.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    rows, columns = n if name == "query" else T, n if name == "key" else S
-    arguments = [spec(B, rows, N, H), spec(B, columns, K, H), spec(B, columns, K, H)]
-    arguments.append(spec(n if name == "lengths" else B, dtype=np.int32))
-
-    @jax.jit
-    def call(q, k, v, lengths):
-        return flash_attention(q, k, v, query_seq_lengths=lengths)
-
-    with pytest.raises(NotImplementedError, match=rf"{name} must .*symbolic.*n"):
-        export.export(call)(*arguments)
 
 
 def test_other_offsets_and_lengths_do_not_trace_again(model_qkv):
