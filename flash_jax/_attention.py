@@ -15,7 +15,7 @@ from ._masks import Mask
 from ._operands import Operands, Static
 from ._options import Options, bind_options, check_options
 from ._primitives import attention
-from ._shapes import as_floats, check_dropout, check_qkv
+from ._shapes import as_floats, check_bool, check_dropout, check_qkv
 from ._symbolic import known
 from ._tiles import Layout
 
@@ -40,6 +40,7 @@ def flash_attention(
     alibi_slopes: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
+    broadcast_dropout: bool = False,
     block_sizes: tuple[int, int] | None = None,
 ) -> Array:
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
@@ -77,6 +78,8 @@ def flash_attention(
             of the softmax, and the others divided by 1 - rate.
         dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices
             (batch element, head, t, s) alone.
+        broadcast_dropout: the same probabilities are dropped in every batch element and head: which
+            depends on dropout_rng and (t, s) alone.
         block_sizes: positions per tile, queries and keys; default: the fastest known here. Changes
             speed and rounding only; need not divide T or S.
 
@@ -121,6 +124,7 @@ def flash_attention(
         alibi_slopes=alibi_slopes,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
         block_sizes=block_sizes,
     )[0]
 
@@ -145,6 +149,7 @@ def flash_attention_with_lse(
     alibi_slopes: ArrayLike | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
+    broadcast_dropout: bool = False,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, Array]:
     """``flash_attention``, and the log-sum-exp of its scores.
@@ -176,11 +181,12 @@ def flash_attention_with_lse(
         "alibi_slopes": alibi_slopes,
     }
     rate = check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng)
+    alike = check_bool("broadcast_dropout", broadcast_dropout) and rate > 0
     options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
-    return attention_of_floats(query, key, value, mask, arrays, dropout_rng, options, rate)
+    return attention_of_floats(query, key, value, mask, arrays, dropout_rng, options, rate, alike)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "dropout_rate"))
+@functools.partial(jax.jit, static_argnames=("options", "dropout_rate", "broadcast_dropout"))
 def attention_of_floats(
     query: Array,
     key: Array,
@@ -190,6 +196,7 @@ def attention_of_floats(
     dropout_rng: Array | None,
     options: Options,
     dropout_rate: float,
+    broadcast_dropout: bool = False,
 ) -> tuple[Array, Array]:
     check_qkv(query, key, value)
     batched = query.ndim == 4
@@ -198,14 +205,20 @@ def attention_of_floats(
     bound = bind_options(mask, arrays, options, query, key, batched)
     dropout_key = None
     if dropout_rng is not None and dropout_rate:
-        dropout_key = bind_key(dropout_rng)
+        dropout_key = bind_key(dropout_rng, 1 if broadcast_dropout else query.shape[0])
     kv_layout = Layout.HEADS_LAST
     if not known(query.shape[1]) or bound.blocks.q < query.shape[1]:  # they are read repeatedly
         kv_layout = Layout.HEADS_FIRST
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
     static = Static(
-        bound.blocks, Layout.HEADS_LAST, query.shape[0], query.dtype, kv_layout, dropout_rate
+        bound.blocks,
+        Layout.HEADS_LAST,
+        query.shape[0],
+        query.dtype,
+        kv_layout,
+        dropout_rate,
+        broadcast_dropout,
     )
     out, lse = attention(operands, static)
     return (out, lse) if batched else (out[0], lse[0])

@@ -47,8 +47,8 @@ def nnx_attention_fn(
         bias: broadcastable to (..., N, T, S).
         mask: of any dtype, broadcastable to (..., N, T, S), 0 masks; or a ``Mask``, with the
             batch axes as one.
-        broadcast_dropout: must be False where dropout is active: probabilities are dropped
-            independently per batch element and head.
+        broadcast_dropout: as ``flash_attention``: the same probabilities are dropped in every batch
+            element and head.
         dropout_rng: as ``flash_attention``: other probabilities are dropped than Flax drops.
         dropout_rate: as ``flash_attention``.
         deterministic: no dropout.
@@ -65,7 +65,7 @@ def nnx_attention_fn(
         (..., T, N, Hv). A row that may read no key is zero (Flax: the mean of value).
 
     Raises:
-        NotImplementedError: broadcast_dropout, module or precision can't be honoured.
+        NotImplementedError: module or precision can't be honoured.
         ValueError, TypeError: as ``flash_attention``.
 
     Example:
@@ -80,11 +80,6 @@ def nnx_attention_fn(
         )
     if deterministic:
         dropout_rate = 0.0
-    elif dropout_rate and broadcast_dropout:
-        raise NotImplementedError(
-            "broadcast_dropout must be False where dropout is active, since each batch element and "
-            "head drops probabilities of its own; it is True"
-        )
     _check_precision(precision)
     if promote_dtype is not None:
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
@@ -98,6 +93,7 @@ def nnx_attention_fn(
         mask,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
+        broadcast_dropout=broadcast_dropout,
         is_causal=is_causal,
         **options,
     )

@@ -49,7 +49,7 @@ class Operands(NamedTuple):
     v: Array  # (B, K, S, Hv) or (B, S, K, Hv), as k
     scores: Scores
     sinks: Array | None = None  # (B, N): one more logit in the denominator
-    dropout_key: Array | None = None  # (B, 2) uint32
+    dropout_key: Array | None = None  # (B, 2) uint32; (1, 2) where all elements drop the same
     quantization: Quantization | None = None  # None: of floats
 
 
@@ -88,6 +88,7 @@ class Static(NamedTuple):
     # Of keys and values. Read once per tile of queries, they come heads first where these are many.
     kv_layout: Layout = Layout.HEADS_FIRST
     dropout_rate: float = 0.0
+    broadcast_dropout: bool = False  # all heads drop the same
     probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
 
 
@@ -213,8 +214,8 @@ def kept_weights(operands: Operands, static: Static, tile: QueryTile, j: Array) 
     """Dropout's factors (heads, rows, block_kv) on the probabilities of key tile j, if any."""
     if operands.dropout_key is None:
         return None
-    dtype = accumulator(static.dtype)
-    return drop(operands.dropout_key, static.dropout_rate, tile, j, dtype)
+    rate, every_head = static.dropout_rate, static.broadcast_dropout
+    return drop(operands.dropout_key, rate, every_head, tile, j, accumulator(static.dtype))
 
 
 def finite(x: Array) -> Array:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from jax import Array
+
 from ._masks import LengthMask
 from ._operands import Dimensions, Operands, Quantization, Static
 from ._symbolic import as_int32, known, pad_axes, padding
+
+A = TypeVar("A", Array, Array | None)
 
 
 def in_whole_tiles(operands: Operands, static: Static) -> Operands:
@@ -17,26 +23,25 @@ def in_whole_tiles(operands: Operands, static: Static) -> Operands:
     if missing == {"T": 0, "S": 0}:
         return operands
     scores, quantization = operands.scores, operands.quantization
+
+    def pad(x: A, axes: str) -> A:
+        return x if x is None else pad_axes(x, axes, missing)
+
     mask = None if scores.mask is None else scores.mask.padded(missing)
     if not known(dims.S):
         exist = LengthMask(kv=as_int32(dims.S)[None])
         mask = exist if mask is None else mask & exist
-    bias = None if scores.bias is None else pad_axes(scores.bias, "BNTS", missing)
     if quantization is not None:
-        axes = Quantization("BNT", "BNT", "BNS", "BNS", "BNSH")
-        quantization = Quantization(
-            *(
-                x if x is None else pad_axes(x, names, missing)
-                for x, names in zip(quantization, axes, strict=True)
-            )
-        )
+        axes = "BNT", "BNT", "BNS", "BNS", "BNSH"
+        quantization = Quantization(*map(pad, quantization, axes))
     queries, keys = (
-        "".join(x.axes(*"BN", p, "H")) for x, p in ((static.layout, "T"), (static.kv_layout, "S"))
+        "".join(layout.axes("B", "N", positions, "H"))
+        for layout, positions in ((static.layout, "T"), (static.kv_layout, "S"))
     )
     return operands._replace(
-        q=pad_axes(operands.q, queries, missing),
-        k=pad_axes(operands.k, keys, missing),
-        v=pad_axes(operands.v, keys, missing),
-        scores=scores._replace(mask=mask, bias=bias),
+        q=pad(operands.q, queries),
+        k=pad(operands.k, keys),
+        v=pad(operands.v, keys),
+        scores=scores._replace(mask=mask, bias=pad(scores.bias, "BNTS")),
         quantization=quantization,
     )

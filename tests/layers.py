@@ -73,9 +73,10 @@ def assert_close(arrays, expected, eps):
         assert max_error(x, y) <= bound
 
 
-def dropout_factors(rng, rate, B, T, N, S):
+def dropout_factors(rng, rate, B, T, N, S, **options):
     """What the probabilities are multiplied by, (B, N, T, S): 0 or 1 / (1 - rate)."""
     q, k, v = jnp.zeros((B, T, N, 1)), jnp.zeros((B, S, N, 1)), jnp.eye(S)
     v = jnp.broadcast_to(v[None, :, None], (B, S, N, S))
-    out = flash_jax.flash_attention(q, k, v, dropout_rate=rate, dropout_rng=rng)
+    options |= {"dropout_rate": rate, "dropout_rng": rng}
+    out = flash_jax.flash_attention(q, k, v, **options)
     return np.where(np.swapaxes(out, 1, 2) > 0, 1 / (1 - rate), 0)

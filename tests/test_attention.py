@@ -503,9 +503,9 @@ def test_dropout_keeps_the_expectation(rng):
     draws = np.asarray(run(keys), np.float64)
     error = draws.mean(axis=0) - attention(q, k, v)[0]
     assert (np.abs(error) < 5 * draws.std(axis=0) / np.sqrt(len(keys))).all()
-    np.testing.assert_array_equal(
-        draws[3], flash_attention(q, k, v, dropout_rate=0.3, dropout_rng=keys[3])
-    )
+    # Many calls share a step, one has its own: only rounding may tell.
+    one = flash_attention(q, k, v, dropout_rate=0.3, dropout_rng=keys[3])
+    np.testing.assert_allclose(draws[3], one, rtol=0, atol=1e-6)
 
 
 def test_a_rate_of_zero_is_no_dropout(rng):

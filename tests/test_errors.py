@@ -363,6 +363,8 @@ BAD_STATICS = [
         "one PRNG key",
         "it is Array((2,)",
     ),
+    ({"broadcast_dropout": None}, TypeError, "a bool, known at trace time", "it is None"),
+    ({"broadcast_dropout": 1}, TypeError, "a bool, known at trace time", "it is 1"),
     ({"block_sizes": 4}, TypeError, "a pair of integers", "it is 4"),
     ({"block_sizes": (4,)}, TypeError, "a pair of integers", "it is (4,)"),
     ({"block_sizes": (4, 4, 4)}, TypeError, "a pair of integers", "it is (4, 4, 4)"),
@@ -429,7 +431,10 @@ def test_an_error_of_segment_ids_names_them(q_ids, kv_ids, error, message):
         attend(query_segment_ids=q_ids, key_value_segment_ids=kv_ids)
 
 
-@pytest.mark.parametrize("name", ["is_causal", "local_window_size", "dropout_rate", "block_sizes"])
+@pytest.mark.parametrize(
+    "name",
+    ["is_causal", "local_window_size", "dropout_rate", "broadcast_dropout", "block_sizes"],
+)
 def test_an_option_that_is_compiled_in_cannot_be_traced(name):
     with refused(TypeError, rf"{name}\S* must be .*Tracer"):
         jax.jit(lambda x: attend(**{name: (x, x) if name == "block_sizes" else x}))(1)

@@ -201,7 +201,7 @@ def test_dropout(rng):
     dropped = factors == 0
     deviation = np.sqrt(dropped.size * rate * (1 - rate))
     assert abs(np.sum(dropped) - rate * dropped.size) < 5 * deviation
-    assert np.any(dropped[0] != dropped[1])  # broadcast_dropout would drop the same
+    assert np.any(dropped[0] != dropped[1])
     assert np.any(dropped[:, 0] != dropped[:, 1])
 
     def ours(_, *qkv):
@@ -213,6 +213,51 @@ def test_dropout(rng):
 
     qkv = random(rng, B, T, N, H), random(rng, B, S, N, H), random(rng, B, S, N, H)
     assert_same(ours, plain, (), qkv)
+
+
+def with_defaults_of_nnx(attention_fn):
+    layer = nnx.eval_shape(lambda: nnx_layer(attention_fn, dropout_rate=0.4))
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def function(params, x):
+        layer = nnx.merge(graph, params, rest)
+        return layer(x, deterministic=False, rngs=nnx.Rngs(dropout=5))
+
+    return params, function
+
+
+def with_defaults_of_linen(attention_fn):
+    layer = linen_layer(attention_fn, dropout_rate=0.4, deterministic=False)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(5)}
+    params = jax.eval_shape(layer.init, keys, jnp.ones((B, T, D)))
+    return params, functools.partial(layer.apply, rngs=keys)
+
+
+@pytest.mark.parametrize(
+    ("attention_fn", "function"),
+    [(nnx_attention_fn, with_defaults_of_nnx), (linen_attention_fn, with_defaults_of_linen)],
+    ids=["nnx", "linen"],
+)
+def test_layers_with_the_defaults_of_flax_drop_the_same_everywhere(attention_fn, function, rng):
+    """Beside the plain formula, with the factors that the key of the layer gives."""
+    keys, x = [], random(rng, B, T, D)
+
+    def ours(*qkv, dropout_rng, dropout_rate, broadcast_dropout, **options):
+        assert (dropout_rate, broadcast_dropout) == (0.4, True)
+        keys.append(dropout_rng)
+        return attention_fn(*qkv, dropout_rng=dropout_rng, dropout_rate=dropout_rate, **options)
+
+    params, call = function(ours)
+    params = random_params(rng, params)
+    call(params, x)
+    factors = dropout_factors(keys[-1], 0.4, B, T, N, T, broadcast_dropout=True)
+    np.testing.assert_array_equal(factors, np.broadcast_to(factors[0, 0], factors.shape))
+
+    def plain(query, key, value, **_):
+        weights = linen.dot_product_attention_weights(query, key, deterministic=True)
+        return jnp.einsum("bnts,bsnh->btnh", weights * factors.astype(weights.dtype), value)
+
+    assert_same(call, function(plain)[1], params, (x,))
 
 
 def test_layers_draw_dropout_from_their_streams(rng):
@@ -285,12 +330,8 @@ def test_promote_dtype_is_called(rng):
     ("options", "error", "message"),
     [
         ({"module": object()}, NotImplementedError, "sow_weights"),
-        ({"dropout_rate": 0.1}, NotImplementedError, "broadcast_dropout must be False"),
-        (
-            {"dropout_rate": 0.1, "broadcast_dropout": False},
-            ValueError,
-            "dropout_rng must be given",
-        ),
+        ({"dropout_rate": 0.1}, ValueError, "dropout_rng must be given"),
+        ({"broadcast_dropout": 1}, TypeError, "broadcast_dropout must be a bool"),
         ({"precision": "BF16_BF16_F32_X3"}, NotImplementedError, "precision must be"),
         ({"mask": np.ones((3, B, N, T, T))}, ValueError, r"mask must broadcast to \(\.\.\.,"),
         ({"bias": np.ones((N + 1, 1, 1))}, ValueError, "bias must broadcast"),
