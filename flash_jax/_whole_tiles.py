@@ -32,8 +32,14 @@ def in_whole_tiles(operands: Operands, static: Static) -> Operands:
         exist = LengthMask(kv=as_int32(dims.S)[None])
         mask = exist if mask is None else mask & exist
     if quantization is not None:
-        axes = "BNT", "BNT", "BNS", "BNS", "BNSH"
-        quantization = Quantization(*map(pad, quantization, axes))
+        q_scale, q_shift, k_scale, k_zero, v_scale = quantization
+        quantization = Quantization(
+            q_scale=pad(q_scale, "BNT"),
+            q_shift=pad(q_shift, "BNT"),
+            k_scale=pad(k_scale, "BNS"),
+            k_zero=pad(k_zero, "BNS"),
+            v_scale=pad(v_scale, "BNSH"),
+        )
     queries, keys = (
         "".join(layout.axes("B", "N", positions, "H"))
         for layout, positions in ((static.layout, "T"), (static.kv_layout, "S"))
