@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from jax import Array
+from typing import Any
 
 from ._masks import LengthMask
 from ._operands import Dimensions, Operands, Quantization, Static
 from ._symbolic import as_int32, known, pad_axes, padding
-
-A = TypeVar("A", Array, Array | None)
 
 
 def in_whole_tiles(operands: Operands, static: Static) -> Operands:
@@ -24,7 +20,7 @@ def in_whole_tiles(operands: Operands, static: Static) -> Operands:
         return operands
     scores, quantization = operands.scores, operands.quantization
 
-    def pad(x: A, axes: str) -> A:
+    def pad(x: Any, axes: str) -> Any:
         return x if x is None else pad_axes(x, axes, missing)
 
     mask = None if scores.mask is None else scores.mask.padded(missing)
