@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ._dropout import bind_key
 from ._masks import Mask
 from ._operands import Operands, Static
-from ._options import Options, bind_options, check_options
+from ._options import Options, as_mask, bind_options, check_options
 from ._primitives import attention
 from ._shapes import as_floats, check_bool, check_dropout, check_qkv
 from ._symbolic import known
@@ -182,6 +182,7 @@ def flash_attention_with_lse(
     }
     rate = check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng)
     alike = check_bool("broadcast_dropout", broadcast_dropout) and rate > 0
+    mask = as_mask(mask)
     options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
     return attention_of_floats(query, key, value, mask, arrays, dropout_rng, options, rate, alike)
 

@@ -65,12 +65,7 @@ def test_lists_are_arrays(function, rng):
     as_tuple = {"query_offset": tuple(arrays["query_offset"].tolist())}
     lists = {name: x.tolist() for name, x in arrays.items()} | as_tuple
     with jax.no_tracing():  # they are one argument each, too: nothing is compiled for them
-        if function is flash_attention_int8_with_lse:
-            assert_equal(function(*qkv, **lists, is_causal=True), expected)
-        else:
-            mask = arrays["mask"]
-            assert_equal(function(*qkv, **lists | {"mask": mask}, is_causal=True), expected)
-    assert_equal(function(*qkv, **lists, is_causal=True), expected)
+        assert_equal(function(*qkv, **lists, is_causal=True), expected)
 
 
 def test_lists_are_arrays_in_the_drop_in_and_the_plain_formula(rng):
