@@ -182,16 +182,21 @@ def _compute_attention(
 
 
 def _padding(parts: _MaskParts, T: int, S: int) -> dict[str, Array]:
-    """The masks of padding as segments: 0 where queries and keys exist, others where they do not."""
-    keys = [jnp.asarray(x, bool) for x in (parts.value_mask, parts.key_mask) if x is not None]
-    if parts.query_mask is None and not keys:
+    """Masks of padding as segments: queries and keys that exist are in segment 0, others in none."""
+    queries = _and(parts.query_mask)
+    keys = _and(parts.value_mask, parts.key_mask)
+    if queries is None and keys is None:
         return {}
-    queries = jnp.full((1, T), True) if parts.query_mask is None else parts.query_mask
-    exist = functools.reduce(jnp.logical_and, keys, jnp.full((1, S), True))
     return {
-        "query_segment_ids": jnp.where(jnp.asarray(queries, bool), 0, 1).astype("int32"),
-        "key_value_segment_ids": jnp.where(exist, 0, 2).astype("int32"),
+        "query_segment_ids": jnp.zeros(T, "int32") if queries is None else jnp.where(queries, 0, 1),
+        "key_value_segment_ids": jnp.zeros(S, "int32") if keys is None else jnp.where(keys, 0, 2),
     }
+
+
+def _and(*masks: Any) -> Array | None:
+    """Where all masks of a batch that are given are True."""
+    given = [jnp.asarray(mask, bool) for mask in masks if mask is not None]
+    return functools.reduce(jnp.logical_and, given) if given else None
 
 
 def _with_heads(mask: Any) -> Array | None:
