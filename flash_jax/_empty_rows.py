@@ -1,7 +1,7 @@
 """Rows that may read no key, as ``jax.nn`` has them.
 
-Here such a row is zero. In ``jax.nn.dot_product_attention`` all its scores are the same large negative
-number, so its softmax is 1 / S for each key, masked or not: it is the mean of value.
+Here such a row is zero. In ``jax.nn.dot_product_attention`` its scores are all the same large
+negative number, so its softmax is 1 / S for each key, masked or not: it is the mean of value.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from layers import UNOPTIMIZED, assert_same, dropout_factors, padding, random, random_params
+from layers import assert_same, dropout_factors, padding, random, random_params
 from oracle import max_error
 
+import flash_jax.keras
 from flash_jax.keras import use_flash_attention, use_keras_attention
 
 B, T, S, N, K, H, D = 2, 7, 11, 6, 3, 4, 9
@@ -80,9 +81,13 @@ CALLS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layer(name, rng):
-    """With dropout, here inactive, Keras's core is the formula in float64, and empty rows are zero."""
+    """With dropout, here inactive, Keras's core is float64 throughout, and empty rows are zero."""
     layer = build(LAYERS[name], key=(B, S, 5) if "mha" in name else None, dropout=0.5)
-    inputs = random(rng, B, T, D), random(rng, B, S, D), random(rng, B, S, 5 if "mha" in name else D)
+    inputs = (
+        random(rng, B, T, D),
+        random(rng, B, S, D),
+        random(rng, B, S, 5 if "mha" in name else D),
+    )
     assert_same_as_keras(layer, inputs, **CALLS[name](rng))
 
 
@@ -165,9 +170,7 @@ class Block(keras.layers.Layer):
 
     def call(self, x, attention_mask=None):
         y = self.norm(x)
-        y = self.attention(
-            y, y, use_causal_mask=self.causal, attention_mask=attention_mask
-        )
+        y = self.attention(y, y, use_causal_mask=self.causal, attention_mask=attention_mask)
         x = x + self.dropout(y)
         return x + self.down(self.up(self.norm_2(x)))
 
@@ -176,8 +179,9 @@ def language_model(attention, mask_zero=False, **options):
     ids = keras.Input((T,), dtype="int32")
     x = keras.layers.Embedding(13, D, mask_zero=mask_zero)(ids)
     x = Block(attention(), **options)(x)
-    x = Block(attention(), **options)(x)
-    return keras.Model(ids, keras.layers.Dense(13)(x))
+    model = keras.Model(ids, keras.layers.Dense(13)(x))
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(True))
+    return model
 
 
 MODELS = {
@@ -195,32 +199,171 @@ def tokens(rng):
     return np.where(np.arange(T) < np.array([[T], [5], [3], [1]]), ids, 0).astype(np.int32)
 
 
-def losses(model, ids):
-    """Of three steps from the weights that model has."""
-    model.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(True))
-    return model.fit(ids, ids, batch_size=4, epochs=3, verbose=0).history["loss"]
+def losses(model, ids, start):
+    """Of three steps from these values of the model's variables."""
+    for variable, x in zip(model.variables, start, strict=True):
+        variable.assign(x)
+    return model.fit(ids, ids, batch_size=4, epochs=3, shuffle=False, verbose=0).history["loss"]
 
 
+@pytest.fixture
+def _little_optimization():
+    """Takes half the time of a ``fit``."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("_little_optimization")
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_fit_predict_and_what_was_compiled_before(model, rng):
     model, ids = model(), tokens(rng)
-    start = model.get_weights()
-    expected, own = losses(model, ids), model.predict(ids, verbose=0)
-    model.set_weights(start)
+    start = [np.asarray(x.value) for x in model.variables]
+    expected, own = losses(model, ids, start), model.predict(ids, verbose=0)
     use_flash_attention(model)
-    core = functools.partial(jnp.array)
-    assert model.train_function is None
-    assert model.predict_function is None
-    np.testing.assert_allclose(losses(model, ids), expected, rtol=1e-5)
-    ours = model.predict(ids, verbose=0)
+    with mock.patch.object(flash_jax.keras, "attend", wraps=flash_jax.keras.attend) as attend:
+        np.testing.assert_allclose(losses(model, ids, start), expected, rtol=1e-5)
+        fitted = attend.call_count
+        ours = model.predict(ids, verbose=0)
+    assert 0 < fitted < attend.call_count
     np.testing.assert_allclose(ours[ids > 0], own[ids > 0], atol=1e-5)
 
 
-def test_a_block_with_dropout_trains(rng):
-    model, ids = language_model(functools.partial(mha, dropout=0.2, seed=3), causal=True, dropout=0.1), tokens(rng)
-    start, state = model.get_weights(), None
+@pytest.mark.usefixtures("_little_optimization")
+def test_a_model_with_dropout_trains(rng):
+    attention = functools.partial(mha, dropout=0.2, seed=3)
+    model, ids = language_model(attention, causal=True, dropout=0.1), tokens(rng)
+    start = [np.asarray(x.value) for x in model.variables]
     use_flash_attention(model)
-    first = losses(model, ids)
-    model.set_weights(start)  # the states of the seed generators among them
-    assert losses(model, ids) == first
+    first = losses(model, ids, start)
+    assert losses(model, ids, start) == first  # the states of the seed generators are variables
     assert first[-1] < first[0]
+
+
+# Which layers, and when not.
+
+
+class Cached(keras.layers.MultiHeadAttention):
+    """As KerasHub's: Keras's core, called by a ``call`` of its own with a mask of its own."""
+
+    def call(self, query, value, attention_mask=None, training=None):
+        projected = self._query_dense(query), self._key_dense(value), self._value_dense(value)
+        out, _ = self._compute_attention(
+            *projected, attention_mask=attention_mask, training=training
+        )
+        return self._output_dense(out)
+
+
+class Grouped(keras.layers.Layer):
+    """As KerasHub's Gemma: a core of its own that takes ``keras.ops.dot_product_attention``."""
+
+    dropout = 0.0
+    logits_soft_cap = 2.0
+
+    def _use_fused_attention_op(self):
+        return False
+
+    def _compute_attention(self, query, key, attention_mask):
+        if self._use_fused_attention_op():
+            options = {"scale": 0.3, "attn_logits_soft_cap": self.logits_soft_cap}
+            return keras.ops.dot_product_attention(
+                query, key, key, mask=attention_mask[:, None], **options
+            )
+        query = query.reshape(B, -1, K, N // K, H)
+        scores = keras.ops.einsum("btkgh,bskh->bkgts", query, key) * 0.3
+        scores = self.logits_soft_cap * keras.ops.tanh(scores / self.logits_soft_cap)
+        scores = jnp.where(attention_mask[:, None, None], scores, -1e9)
+        out = keras.ops.einsum("bkgts,bskh->btkgh", keras.ops.softmax(scores), key)
+        return out.reshape(B, -1, N, H)
+
+    def call(self, x, y, attention_mask):
+        return self._compute_attention(x, y, attention_mask)
+
+
+def test_a_subclass_that_keeps_the_core(rng):
+    layer = build(functools.partial(Cached, N, H), dropout=0.5)
+    inputs = random(rng, B, T, D), random(rng, B, S, D)
+    assert_same_as_keras(layer, inputs, attention_mask=padding(rng, B, T, S))
+
+
+def test_a_layer_that_takes_the_op(rng):
+    layer = Grouped(dtype="float64")
+    inputs = random(rng, B, T, N, H), random(rng, B, S, K, H)
+    assert_same_as_keras(layer, inputs, attention_mask=padding(rng, B, T, S))
+    theirs = keras.ops.dot_product_attention
+    layer.dropout = 0.1
+    with pytest.warns(UserWarning, match="keeps its own attention: here it does not call"):
+        use_flash_attention(layer)(*inputs, attention_mask=np.ones((B, T, S), bool))
+    assert keras.ops.dot_product_attention is theirs
+
+
+def test_what_is_not_offered_keeps_the_attention_of_keras(rng):
+    x, y = random(rng, B, T, D), random(rng, B, S, D)
+    calls = [
+        (build(mha, dtype="float32"), {"value_mask": padding(rng, B, S)}, (x, y)),
+        (build(gqa, dtype="float32"), {"use_causal_mask": True}, (x, y)),
+    ]
+    for layer, call, inputs in calls:
+        call = call | {"return_attention_scores": True}
+        expected = layer(*inputs, **call)
+        with pytest.warns(UserWarning, match="keeps Keras's attention: return_attention_scores"):
+            out = use_flash_attention(layer)(*inputs, **call)
+        jax.tree.map(np.testing.assert_array_equal, out, expected)
+    images = random(rng, B, 3, 5, D)
+    layer = build(mha, images.shape, images.shape, dtype="float32")
+    expected = layer(images, images)
+    with pytest.warns(UserWarning, match=r"must be \(1,\) of inputs of 3 axes; they are \(1, 2\)"):
+        np.testing.assert_array_equal(use_flash_attention(layer)(images, images), expected)
+
+
+def test_shapes_that_keras_infers():
+    """In a new functional model, with sizes that are symbols."""
+    block = Block(mha(), causal=True)
+    block.build((None, None, D))
+    use_flash_attention(block)
+    x = keras.Input((None, D))
+    assert block(x).shape == (None, None, D)
+
+
+def test_a_saved_model_is_one_of_keras(tmp_path, rng):
+    x = keras.Input((T, D))
+    model = use_flash_attention(keras.Model(x, mha()(x, x, use_causal_mask=True)))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x = random(rng, B, T, D)
+    np.testing.assert_allclose(loaded(x), model(x), atol=1e-6)
+    assert not any("_compute_attention" in vars(layer) for layer in loaded.layers)
+
+
+def test_errors(monkeypatch):
+    for model in (keras.layers.Dense(3), keras.Sequential([keras.layers.Dense(3)])):
+        with pytest.raises(ValueError, match=rf"GroupQueryAttention.*'{model.name}' has none"):
+            use_flash_attention(model)
+    with pytest.raises(ValueError, match="empty_rows must be"):
+        use_flash_attention(mha(), empty_rows="one")
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    with pytest.raises(RuntimeError, match=r"must be 'jax' \(KERAS_BACKEND=jax .* it is 'torch'"):
+        use_flash_attention(mha())
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("layer", [mha, gqa], ids=["mha", "gqa"])
+def test_memory_is_linear(layer):
+    """Causal, with a window, padding and dropout, in training."""
+    layer = build(layer, dtype="float32", dropout=0.1, sliding_window=500)
+    use_flash_attention(layer)
+    call = {"use_causal_mask": True, "training": True}
+
+    def loss(params, x, kept):
+        return jnp.sum(function(layer, lambda _: None, **call, value_mask=kept)(params, x, x))
+
+    def temporary_bytes(T):
+        x, kept = jax.ShapeDtypeStruct((1, T, D), "float32"), jax.ShapeDtypeStruct((1, T), bool)
+        compiled = jax.jit(jax.grad(loss)).lower(weights(layer), x, kept).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(2**12), temporary_bytes(2**14)
+    assert large <= 4.2 * small
+    assert large < (2**14) ** 2 / 4
