@@ -292,6 +292,7 @@ def test_a_layer_that_takes_the_op(rng):
     inputs = random(rng, B, T, N, H), random(rng, B, S, K, H)
     assert_same_as_keras(layer, inputs, attention_mask=padding(rng, B, T, S))
     theirs = keras.ops.dot_product_attention
+    layer = Grouped(dtype="float32")
     layer.dropout = 0.1
     with pytest.warns(UserWarning, match="keeps its own attention: here it does not call"):
         use_flash_attention(layer)(*inputs, attention_mask=np.ones((B, T, S), bool))
