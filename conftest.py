@@ -1,6 +1,10 @@
 """For the tests and the doctests alike."""
 
+import os
+
 import pytest
+
+os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,8 +3,11 @@
 python notebooks/run.py --save docs/notebooks && python -m sphinx -W docs build/docs
 """
 
+import os
+
 import flash_jax
 
+os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 project = "flash_jax"
 release = flash_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from ._attention import flash_attention_with_lse
+from ._empty_rows import check_empty_rows, mean_in_empty_rows
 
 
 def dot_product_attention(
@@ -25,6 +26,7 @@ def dot_product_attention(
     local_window_size: int | tuple[int, int] | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
     return_residual: bool = False,
+    empty_rows: Literal["zero", "mean"] = "zero",
 ) -> Array | tuple[Array, Array]:
     """``flash_attention`` behind the signature of ``jax.nn.dot_product_attention``.
 
@@ -44,10 +46,12 @@ def dot_product_attention(
         implementation: None or "xla"; both run this library.
         return_residual: also return the log-sum-exp of the scores, (B, T, N) or (T, N), in key's
             dtype, without a gradient.
+        empty_rows: ours, not there: a row that may read no key is "zero", or the "mean" of value
+            over all S, as there. Padded keys count in the mean, NaN included.
 
     Returns:
-        As there, but for a row that may read no key, which is zero here, with residual -inf, and
-        the mean of value there.
+        As there, but for a row that may read no key: it is as empty_rows says, and its residual is
+        -inf.
 
     Raises:
         ValueError, TypeError: as ``flash_attention``.
@@ -65,6 +69,7 @@ def dot_product_attention(
         raise ValueError(f"implementation must be None or 'xla'; it is {implementation!r}")
     if not isinstance(return_residual, bool):
         raise TypeError(f"return_residual must be a bool; it is {return_residual!r}")
+    check_empty_rows(empty_rows)
     for name, x in {"query": query, "key": key, "value": value}.items():
         if x is None:
             raise TypeError(f"{name} must be an array; it is NoneType")
@@ -83,6 +88,8 @@ def dot_product_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
     )
+    if empty_rows == "mean":
+        out = mean_in_empty_rows(out, lse, value, query_seq_lengths)
     out = out.reshape(*shape[:-1], out.shape[-1])
     if not return_residual:
         return out

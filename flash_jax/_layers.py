@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from jax import Array
 from jax import numpy as jnp
 
-from ._attention import flash_attention
+from ._attention import flash_attention_with_lse
+from ._empty_rows import check_empty_rows, mean_in_empty_rows
 from ._masks import Mask
 
 
 def attend(
-    query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    empty_rows: Literal["zero", "mean"] = "zero",
+    **options: Any,
 ) -> Array:
     """``flash_attention`` of (..., T, N, H), (..., S, K, H) and (..., S, K, Hv).
 
@@ -21,12 +29,14 @@ def attend(
         bias: float, broadcastable to (..., N, T, S). It is repeated where it has some of the
             batch axes, but neither none nor all.
         mask: of any dtype, 0 masks; shaped as bias. Or a ``Mask``, with the batch axes as one.
+        empty_rows: what a row that may read no key is: "zero", or the "mean" of value over all S.
         options: of ``flash_attention``, with the batch axes as one.
 
     Raises:
         ValueError: batch axes disagree.
         ValueError, TypeError: as ``flash_attention``.
     """
+    check_empty_rows(empty_rows)
     dtype = jnp.result_type(query, key, value, 0.0)  # 0.0: a float at least
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
     batch = query.shape[:-3]
@@ -41,7 +51,9 @@ def attend(
         query, key, value = (
             x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-    out = flash_attention(query, key, value, bias, mask, **options)
+    out, lse = flash_attention_with_lse(query, key, value, bias, mask, **options)
+    if empty_rows == "mean":
+        out = mean_in_empty_rows(out, lse, value, options.get("query_seq_lengths"))
     return out.reshape(*batch, *out.shape[-3:])
 
 
