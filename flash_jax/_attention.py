@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from ._dropout import bind_key
@@ -17,7 +16,7 @@ from ._options import Options, as_mask, bind_options, check_options
 from ._primitives import attention
 from ._shapes import as_floats, check_bool, check_dropout, check_qkv
 from ._symbolic import known
-from ._tiles import Layout
+from ._tiles import Layout, heads_first
 
 
 def flash_attention(
@@ -210,7 +209,7 @@ def attention_of_floats(
     kv_layout = Layout.HEADS_LAST
     if not known(query.shape[1]) or bound.blocks.q < query.shape[1]:  # they are read repeatedly
         kv_layout = Layout.HEADS_FIRST
-        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        key, value = heads_first(key), heads_first(value)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
     static = Static(
         bound.blocks,

@@ -20,6 +20,7 @@ from ._operands import Quantization
 from ._quantization import QuantizedArray, round_to_int8, scales_of, spread
 from ._scores import rounded
 from ._symbolic import as_int32
+from ._tiles import heads_first
 
 _MOST = 1e30  # a mean that may be subtracted from any float32
 
@@ -107,10 +108,11 @@ def to_operands(integers: Integers, scale: Array) -> tuple[Array, Array, Array, 
     q, q_scale, k, k_scale, _, _, v, v_scale = integers
     q_scale = q_scale[..., 0] * scale[:, None, None]
     k_zero = zero_products(k)
-    q_scale, k_scale, k_zero, v_scale, k, v = (
-        jnp.swapaxes(x, 1, 2) for x in (q_scale, k_scale[..., 0], k_zero, v_scale, k, v)
+    q_scale, k_scale, k_zero, v_scale = (
+        jnp.swapaxes(x, 1, 2) for x in (q_scale, k_scale[..., 0], k_zero, v_scale)
     )
-    return unsigned(q), k, v, Quantization(q_scale, None, k_scale, k_zero, v_scale)
+    quantization = Quantization(q_scale, None, k_scale, k_zero, v_scale)
+    return unsigned(q), heads_first(k), heads_first(v), quantization
 
 
 def unsigned(q: Array) -> Array:

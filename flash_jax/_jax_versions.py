@@ -1,9 +1,14 @@
-"""What is not in JAX's public interface, or differs between its versions: each with the reason."""
+"""What of JAX has no public name, or has changed its name: all that depends on its version is here.
+
+Tested with 0.10.2 and 0.12.0.
+"""
 
 from __future__ import annotations
 
 import functools
 
+import jax
+from jax import Array
 from jax.extend.core import Primitive
 
 try:
@@ -12,10 +17,19 @@ except ImportError:  # should JAX move it, attention works on without these repo
     checkify = None
 
 
+def varying_axes(x: Array) -> frozenset[str]:
+    """Mesh axes that x varies over in a ``shard_map``.
+
+    Before 0.10, which is the oldest that is supported, they were ``typeof(x).vma``. JAX documents
+    neither name.
+    """
+    return jax.typeof(x).manual_axis_type.varying
+
+
 def report_nan(primitive: Primitive) -> None:
     """Has ``jax.experimental.checkify`` report NaN in the primitive's results.
 
-    There is no public way to add a primitive to its checks (jax 0.10 to 0.12).
+    There is no public way to add a primitive to its checks (0.10 to 0.12).
     """
     if checkify is not None:
         rule = functools.partial(checkify.nan_error_check, primitive)

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from ._block_sizes import elements_per_step, heads_per_step
 from ._dropout import drop
+from ._jax_versions import varying_axes
 from ._machine import machine
 from ._query_tile import Axis, QueryTile
 from ._schedule import visits
@@ -225,15 +226,11 @@ def finite(x: Array) -> Array:
 
 def varying_as(operands: Operands, tree: C) -> C:
     """tree, varying over the mesh axes of a ``shard_map`` that any operand varies over."""
-    axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(operands)))
+    axes = frozenset().union(*(varying_axes(x) for x in jax.tree.leaves(operands)))
 
     def vary(x: Array) -> Array:
-        missing = tuple(sorted(axes - _axes(x), key=str))  # a set's order differs between processes
+        # Sorted, since a set's order differs between processes.
+        missing = tuple(sorted(axes - varying_axes(x), key=str))
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(vary, tree) if axes else tree
-
-
-def _axes(x: Array) -> frozenset[str]:
-    """Mesh axes that x varies over in a ``shard_map``."""
-    return jax.typeof(x).manual_axis_type.varying

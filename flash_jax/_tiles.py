@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -32,6 +33,25 @@ class Layout(enum.Enum):
         """B, heads, positions and head size of x."""
         B, N, T, H = self.axes(0, 1, 2, 3)
         return x.shape[B], x.shape[N], x.shape[T], x.shape[H]
+
+
+@jax.custom_jvp
+def heads_first(x: Array) -> Array:
+    """(B, K, S, H) of x (B, S, K, H), in one copy.
+
+    Head by head: XLA:CPU 0.12 transposes an array of which a loop reads tiles into another order
+    than the loop reads, and copies it once more.
+    """
+    heads = x.shape[2]
+    if heads < 2:
+        return jnp.swapaxes(x, 1, 2)
+    return jnp.stack([lax.index_in_dim(x, n, 2, keepdims=False) for n in range(heads)], axis=1)
+
+
+@heads_first.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Transposed, the copy of heads would become a sum of them.
+    return heads_first(*primals), jnp.swapaxes(*tangents, 1, 2)
 
 
 def slice_tile(

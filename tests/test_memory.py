@@ -154,6 +154,12 @@ def test_grouped_keys_and_values_are_not_repeated():
     assert model_bytes(T, {}, S=S, heads=heads, kv_heads=1) < repeated / 2
 
 
+def test_keys_and_values_are_brought_into_order_by_head_in_one_copy():
+    T, S = 2, 2**16
+    copies = 2 * S * N * H * 4
+    assert copies < model_bytes(T, {}, S=S, block_sizes=(1, 64)) < 1.2 * copies
+
+
 def test_one_key_and_value_for_the_whole_batch_is_not_repeated():
     """vmap over queries only: the batch reads the same keys where they are."""
     B, T, S = 8, 64, 2**18
