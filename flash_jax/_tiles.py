@@ -17,6 +17,9 @@ from jax import numpy as jnp
 _ZERO = np.int32(0)  # a Python 0 is int64 under x64, and the starts of a slice must agree
 
 
+_MOST_STACKED = 8  # the time to compile a stack grows with its length
+
+
 class Layout(enum.Enum):
     """The axis of the positions; the other axes keep their order."""
 
@@ -39,11 +42,11 @@ class Layout(enum.Enum):
 def heads_first(x: Array) -> Array:
     """(B, K, S, H) of x (B, S, K, H), in one copy.
 
-    Head by head: XLA:CPU 0.12 transposes an array of which a loop reads tiles into another order
+    Head by head: XLA:CPU 0.12 transposes an array of which a loop reads few rows into another order
     than the loop reads, and copies it once more.
     """
     heads = x.shape[2]
-    if heads < 2:
+    if heads not in range(2, _MOST_STACKED + 1):
         return jnp.swapaxes(x, 1, 2)
     return jnp.stack([lax.index_in_dim(x, n, 2, keepdims=False) for n in range(heads)], axis=1)
 
