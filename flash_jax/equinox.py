@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import jax
 from jax import Array
 
-from ._layers import attend
-from ._masks import Mask
+from ._frameworks.layers import attend
+from ._masks.positions import Mask
 
 try:
     import equinox as eqx

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jax import Array
 
-from ._layers import attend
-from ._masks import Mask
+from ._frameworks.layers import attend
+from ._masks.positions import Mask
 
 try:
     import haiku as hk

@@ -15,8 +15,8 @@ import jax
 from jax import Array
 from jax import numpy as jnp
 
-from ._empty_rows import check_empty_rows
-from ._layers import attend
+from ._api.empty_rows import check_empty_rows
+from ._frameworks.layers import attend
 
 try:
     import keras

@@ -27,11 +27,16 @@ def mesh_of(data, model):
     return jax.make_mesh((data, model), ("data", "model"), axis_types=types)
 
 
-# The mesh, which of its axes cut which axes of the arrays, and check_vma.
-BATCH = mesh_of(4, 1), {"B": "data"}, True
-HEADS = mesh_of(1, 4), {"N": "model", "K": "model"}, True
-PART = mesh_of(2, 2), {"B": "data"}, False  # the other axis of the mesh stays automatic
-MESHES = {"long": (BATCH, (*HEADS[:2], False)), "short": (BATCH, HEADS, PART)}
+def meshes_of(length):
+    """Meshes, which of their axes cut which axes of the arrays, and check_vma."""
+    batch = mesh_of(4, 1), {"B": "data"}, True
+    by_heads = mesh_of(1, 4), {"N": "model", "K": "model"}
+    part = mesh_of(2, 2), {"B": "data"}, False  # the other axis of the mesh stays automatic
+    if length == "long":
+        return batch, (*by_heads, False)
+    return batch, (*by_heads, True), part
+
+
 # LLVM's optimization would take most of the time; what is compared is arithmetic, not speed.
 OUT = "BTNH", "BNT"  # the axes of output and lse
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -96,7 +101,7 @@ def compare(found, expected):
 
 def check_gradients_inside(x):
     """Keys that all devices share get the sum of what each device's queries give."""
-    mesh, cuts, _ = BATCH
+    mesh, cuts = mesh_of(4, 1), {"B": "data"}
     call = jax.vmap(functools.partial(flash_attention, is_causal=True), in_axes=(0, None, None))
     qkv = x["query"], x["key"][0], x["value"][0]
 
@@ -112,7 +117,7 @@ def check_gradients_inside(x):
 def main(length):
     """Traces every path on every mesh, and runs it on one of them."""
     assert jax.device_count() == 4
-    rng, meshes, passed = np.random.default_rng(20180508), MESHES[length], 0
+    rng, meshes, passed = np.random.default_rng(20180508), meshes_of(length), 0
     for turn, (name, path) in enumerate(PATHS.items()):
         x = path.arrays(rng, **SIZES[length])
         sizes = SIZES[length] | {"T": x["query"].shape[1]}

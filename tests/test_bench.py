@@ -9,10 +9,10 @@ import pytest
 from oracle import attention
 
 from flash_jax.__main__ import main
-from flash_jax._bench import measure, report
-from flash_jax._bench.cases import CASES, Case, packed, padded
-from flash_jax._bench.measure import compare, exact_rows
-from flash_jax._bench.subjects import OURS, OURS_INT8, SUBJECTS, random_inputs
+from flash_jax._cli.bench import measure, report
+from flash_jax._cli.bench.cases import CASES, Case, packed, padded
+from flash_jax._cli.bench.measure import compare, exact_rows
+from flash_jax._cli.bench.subjects import OURS, OURS_INT8, SUBJECTS, random_inputs
 
 SMALL = {
     "full": Case("full", "small", 2, 19, 4, 4, 16),
@@ -96,8 +96,8 @@ def test_names_of_cases_are_their_own():
 
 @pytest.fixture
 def small_cases(monkeypatch):
-    monkeypatch.setattr("flash_jax._bench.cases.CASES", SMALL)
-    monkeypatch.setattr("flash_jax._bench.cases.LENGTHS", (5, 9))
+    monkeypatch.setattr("flash_jax._cli.bench.cases.CASES", SMALL)
+    monkeypatch.setattr("flash_jax._cli.bench.cases.LENGTHS", (5, 9))
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_named_before_anything_is_measured(
 
 
 def test_the_benchmark_is_not_imported_with_the_library():
-    code = "import sys, flash_jax; print([m for m in sys.modules if '_bench' in m])"
+    code = "import sys, flash_jax; print([m for m in sys.modules if 'bench' in m])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 

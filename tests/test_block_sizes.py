@@ -1,14 +1,15 @@
 import pytest
 
-from flash_jax import FlashAttentionConfig, _machine
-from flash_jax._block_sizes import (
+from flash_jax import FlashAttentionConfig
+from flash_jax._machine import processor
+from flash_jax._machine.processor import DEFAULT_CACHES, Machine, machine
+from flash_jax._machine.tile_rule import (
     Problem,
     elements_per_step,
     fastest_blocks,
     heads_per_step,
     score_bytes,
 )
-from flash_jax._machine import DEFAULT_CACHES, Machine, machine
 
 SMALL = Machine(cores=2, l1=32 * 2**10, l2=2**20, l3=0, measured=True)
 LARGE = Machine(cores=64, l1=48 * 2**10, l2=2 * 2**20, l3=2**28, measured=True)
@@ -85,14 +86,14 @@ def test_cache_sizes_are_read_from_the_system(tmp_path):
             (3, "Unified", "512"),
         ],
     )
-    assert _machine._linux_caches(tmp_path) == {1: 48 * 2**10, 2: 2 * 2**20, 3: 512}
+    assert processor._linux_caches(tmp_path) == {1: 48 * 2**10, 2: 2 * 2**20, 3: 512}
 
 
 @pytest.mark.parametrize("entries", [[], [(1, "Data", "?")], [("", "Data", "48K")]])
 def test_unreadable_cache_sizes_fall_back_to_the_defaults(entries, tmp_path, monkeypatch):
     cache_files(tmp_path, entries)
-    monkeypatch.setattr(_machine, "_LINUX_CACHES", tmp_path)
-    monkeypatch.setattr(_machine.platform, "system", lambda: "Linux")
-    here = _machine.machine.__wrapped__()
+    monkeypatch.setattr(processor, "_LINUX_CACHES", tmp_path)
+    monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
+    here = processor.machine.__wrapped__()
     assert not here.measured
     assert here[1:4] == DEFAULT_CACHES

@@ -8,10 +8,13 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from flash_jax import __version__, _demo, _info, _machine
+from flash_jax import __version__
 from flash_jax.__main__ import main
-from flash_jax._machine import DEFAULT_CACHES, Machine
-from flash_jax._schedule import BlockSizes
+from flash_jax._cli import demo as _demo
+from flash_jax._cli import info as _info
+from flash_jax._machine import processor as _machine
+from flash_jax._machine.processor import DEFAULT_CACHES, Machine
+from flash_jax._tiles.tile import BlockSizes
 
 # No 8 bytes occur twice in it, so whoever has read it once knows how it goes on.
 WORDS = b"the cat sat on the mat, and a dog ran over some log; then it rained.\n"
@@ -480,7 +483,7 @@ def test_an_unknown_command_exits_2(capsys):
 def test_the_module_runs_and_the_package_does_not_import_it():
     code = (
         "import sys, flash_jax; print([m for m in ('rich', 'matplotlib', "
-        "'flash_jax._demo', 'flash_jax._info', 'flash_jax.__main__') if m in sys.modules])"
+        "'flash_jax._cli.demo', 'flash_jax._cli.info', 'flash_jax.__main__') if m in sys.modules])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout == "[]\n", loaded.stderr

@@ -9,7 +9,7 @@ from layers import dropout_factors
 from options import random_inputs
 
 from flash_jax import flash_attention
-from flash_jax._dropout import bind_key, threefry
+from flash_jax._passes.dropout import bind_key, threefry
 
 # --- The hash
 

@@ -8,7 +8,7 @@ from layers import UNOPTIMIZED
 from oracle import max_error
 
 import flash_jax
-from flash_jax._layers import attend
+from flash_jax._frameworks.layers import attend
 
 B, T, S, N, K, H, Hv = 2, 7, 11, 6, 3, 5, 5
 

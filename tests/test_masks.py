@@ -22,8 +22,8 @@ from flash_jax import (
     block_schedule,
     flash_attention,
 )
-from flash_jax._masks import ArrayMask, CombinedMask
-from flash_jax._shapes import Sizes
+from flash_jax._checks.shapes import Sizes
+from flash_jax._masks.positions import ArrayMask, CombinedMask
 
 B, N = 2, 3
 SIZES = [(4, 9), (11, 7)]

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from flash_jax import _online_softmax as online
-from flash_jax._exp import exp
+from flash_jax._passes import online_softmax as online
+from flash_jax._passes.exp import exp
 
 
 def state_of(s, v, block):

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import numpy as jnp
 
 import flash_jax
-from flash_jax import _patch, patch_jax_nn
+from flash_jax import patch_jax_nn
+from flash_jax._api import patch as _patch
 
 THEIRS = jax.nn.dot_product_attention
 X = np.ones((1, 3, 1, 2), np.float32)

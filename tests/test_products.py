@@ -9,7 +9,9 @@ from jax import numpy as jnp
 from options import OPTIONS, random_inputs
 from oracle import assert_within_bound, attention
 
-from flash_jax import _machine, _products, flash_attention_with_lse
+from flash_jax import flash_attention_with_lse
+from flash_jax._formats import floats as _products
+from flash_jax._machine import processor as _machine
 
 
 @pytest.fixture(params=[True, False], ids=["multiplies bfloat16", "does not"])

@@ -6,10 +6,11 @@ import pytest
 from jax import numpy as jnp
 
 import flash_jax
-from flash_jax import BlockSizes, FlashAttentionConfig, _choices, flash_attention, tune
-from flash_jax._block_sizes import Problem, fastest_blocks
-from flash_jax._choices import best_blocks, path, store, stored
-from flash_jax._machine import machine
+from flash_jax import BlockSizes, FlashAttentionConfig, flash_attention, tune
+from flash_jax._machine import tuned as _choices
+from flash_jax._machine.processor import machine
+from flash_jax._machine.tile_rule import Problem, fastest_blocks
+from flash_jax._machine.tuned import best_blocks, path, store, stored
 
 PROBLEM = Problem(47, 61, 5, heads=2, groups=1, masked=True)
 OTHER = BlockSizes(13, 29)  # no rule picks these
@@ -84,7 +85,7 @@ def test_tune_measures_stores_and_shows_progress(options, capsys):
 
 
 def test_tune_keeps_the_fastest(monkeypatch):
-    from flash_jax import _tune
+    from flash_jax._api import tune as _tune
 
     def measured(call, candidates, rounds):
         return {x: np.array([1.0 + (x != BlockSizes(128, 256))]) for x in candidates}

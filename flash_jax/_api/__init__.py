@@ -1,0 +1,1 @@
+"""What users call: check, plan, one call of the engine."""

@@ -1,0 +1,172 @@
+"""What was measured, as a table, as JSON and as a figure."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import info as _info
+from . import peers
+from .cases import Case
+from .measure import Comparison
+from .subjects import OURS
+
+HEADER = (
+    "",
+    "ms [quartiles]",
+    f"x {OURS}",
+    "rate",
+    "of best",
+    "temporaries",
+    "compile",
+    "max error",
+)
+
+_COLORS = {
+    OURS: "#08519c",
+    "flash_jax int8": "#6baed6",
+    "jax.nn": "#969696",
+    "PyTorch": "#e6550d",
+    "ONNX Runtime": "#31a354",
+    "OpenVINO": "#756bb1",
+    "OpenVINO bf16": "#bcbddc",
+}
+
+
+def environment() -> dict[str, str]:
+    """What the numbers hold for."""
+    return dict(
+        [
+            *_info.versions(),
+            *peers.versions().items(),
+            *_info.hardware(),
+            ("XLA_FLAGS", os.environ.get("XLA_FLAGS", "")),
+            ("date", datetime.datetime.now().astimezone().date().isoformat()),
+        ]
+    )
+
+
+def title(case: Case) -> str:
+    """One line for the table of a case."""
+    return f"{case.name}: {case.why}; {case.shape}, {case.dtype}"
+
+
+def rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """The cells of a case's table, under ``HEADER``."""
+    unit = "GB/s" if comparison.case.bound_by_memory else "GFLOP/s"
+    table = []
+    for name, result in comparison.results.items():
+        low, median, high = np.percentile(result.seconds, [25, 50, 75]) * 1e3
+        memory, compiling = result.temporary_bytes, result.compile_seconds
+        table.append(
+            (
+                name,
+                f"{median:.2f} [{low:.2f}, {high:.2f}]",
+                f"{comparison.ratio(name):.2f}",
+                f"{comparison.rate(name) / 1e9:.0f} {unit}",
+                f"{comparison.of_best(name):.2f}",
+                "" if memory is None else f"{memory / 2**20:.1f} MiB",
+                "" if compiling is None else f"{compiling:.2f} s",
+                f"{result.error:.1e}",
+            )
+        )
+    return table
+
+
+def as_json(comparisons: Sequence[Comparison]) -> str:
+    """Everything measured, every round included."""
+    return json.dumps(
+        {
+            "environment": environment(),
+            "cases": [
+                {
+                    "name": x.case.name,
+                    "why": x.case.why,
+                    "shape": x.case.shape,
+                    "dtype": x.case.dtype,
+                    "bound_by_memory": x.case.bound_by_memory,
+                    "best": float(np.median(x.best)),
+                    "subjects": {name: _entry(x, name) for name in x.results},
+                }
+                for x in comparisons
+            ],
+        },
+        indent=1,
+    )
+
+
+def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
+    result = comparison.results[name]
+    return {
+        "seconds": result.seconds.tolist(),
+        f"ratio to {OURS}": comparison.ratio(name),
+        "rate": comparison.rate(name),
+        "of best": comparison.of_best(name),
+        "temporary_bytes": result.temporary_bytes,
+        "compile_seconds": result.compile_seconds,
+        "max_error": result.error,
+    }
+
+
+def save_plot(comparisons: Sequence[Comparison], curve: Sequence[Comparison], path: str) -> None:
+    """Saves bars of how long the others take, and the curve of the rate over the length."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.6 + 0.55 * len(comparisons)), dpi=150, layout="constrained")
+    bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+    _draw_bars(bars, comparisons)
+    _draw_curve(lines, curve)
+    handles = {label: handle for axes in (bars, lines) for handle, label in _legend(axes)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+    figure.savefig(Path(path))
+
+
+def _legend(axes: Any) -> zip:
+    return zip(*axes.get_legend_handles_labels(), strict=True)
+
+
+def _draw_bars(axes: Any, comparisons: Sequence[Comparison]) -> None:
+    """Per case a group of bars, one per subject."""
+    height = 0.8 / max(len(x.results) for x in comparisons)
+    for i, comparison in enumerate(comparisons):
+        for j, name in enumerate(comparison.results):
+            ratio = comparison.ratio(name)
+            at = i + (j - (len(comparison.results) - 1) / 2) * height
+            label = name if axes.get_legend_handles_labels()[1].count(name) == 0 else None
+            axes.barh(at, ratio, height, color=_COLORS[name], label=label)
+            axes.text(ratio, at, f" {ratio:.2f}", va="center", fontsize=5)
+    axes.axvline(1, color="#252525", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(comparisons)), [x.case.name for x in comparisons])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time, as a multiple of {OURS}'s (less is faster)")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curve(axes: Any, curve: Sequence[Comparison]) -> None:
+    """GFLOP/s over the length, a line per subject."""
+    names = dict.fromkeys(name for x in curve for name in x.results)
+    for name in names:
+        points = [(x.case.T, x.rate(name) / 1e9) for x in curve if name in x.results]
+        axes.plot(*zip(*points, strict=True), marker="o", color=_COLORS[name], label=name)
+    axes.plot(
+        [x.case.T for x in curve],
+        [np.median(x.best) / 1e9 for x in curve],
+        color="#252525",
+        linestyle="--",
+        label="XLA's matrix product",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks([x.case.T for x in curve], [f"{x.case.T:,}" for x in curve])
+    axes.set_xlabel("length T = S of 8 heads of size 64")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

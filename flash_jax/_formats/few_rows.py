@@ -1,0 +1,89 @@
+"""The two products of a tile of few query rows, as in decoding: keys and values are read once.
+
+Reading them is what takes the time, so they stay as the caller laid them out, heads last. The keys
+of all heads are one matrix (block_kv, K H), and each query row is a column that is zero outside its
+head:
+
+    s[(k, r)] = keys [0 .. q[k, r] .. 0]
+
+which multiplies K times as much, in the shadow of the reads. The zeros change nothing but where a
+key is not finite: then each head is multiplied alone. Values are weighed and summed elementwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+
+from .._checks.shapes import accumulator
+from .._passes.online_softmax import dot
+from .._passes.operands import Operands, Static, q_tile
+from .._passes.scores import rounded
+from .._tiles.layout import slice_tile
+from .._tiles.tile import QueryTile, in_every_element
+from .floats import Products, product_dtype
+
+_PARTS = 16  # of the values, added up elementwise before the sum over what is left
+
+
+def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
+    """The products of floats, of keys and values that are laid out heads last."""
+    acc, dtype = accumulator(static.dtype), product_dtype(operands)
+    q = q_tile(static, tile, operands.q, dtype)
+    if dtype == acc:
+        q = operands.scores.scaled(tile, q)
+    own = np.eye(tile.heads, dtype=bool)[:, None, :, None]
+    columns = jnp.where(own, q[:, :, None], 0).reshape(tile.heads * tile.rows, -1)
+
+    def positions(x: Array, j: Array) -> Array:
+        """(block_kv, heads, H) of key tile j."""
+        start, size = tile.kv.start(j), tile.kv.block
+        return slice_tile(static.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
+
+    def scores(j: Array) -> Array:
+        k = positions(operands.k, j).astype(dtype)
+        together = dot(k.reshape(tile.kv.block, -1), columns, -1, acc)
+
+        def head_by_head() -> Array:
+            # Of one row XLA would convert 16-bit keys, all of them and whether needed or not.
+            rows = jnp.concatenate([q, q], axis=1)
+            heads = lax.iota(np.int32, tile.heads)
+            s = lax.map(lambda h: dot(k[:, h], rows[h], -1, acc)[:, : tile.rows], heads)
+            return jnp.moveaxis(s, 0, 1).reshape(together.shape)
+
+        def mend() -> Array:
+            return jnp.where(jnp.isfinite(together), together, head_by_head())
+
+        finite = in_every_element(jnp.isfinite(jnp.sum(together * 0)))
+        s = lax.cond(finite, lambda: together, mend)
+        s = s.T.reshape(tile.heads, tile.rows, tile.kv.block)
+        return s if dtype == acc else rounded(s * tile.of_element(operands.scores.scale))
+
+    return Products(
+        scores=scores,
+        values=lambda j: positions(operands.v, j),
+        weigh=_weigh,
+        finish=lambda o: o,
+    )
+
+
+def _weigh(p: Array, v: Array) -> Array:
+    """p (heads, rows, block_kv) times v (block_kv, heads, Hv): (heads, rows, Hv)."""
+    p, v = jnp.transpose(p, (2, 1, 0))[..., None], v[:, None]  # (block_kv, rows, heads, Hv)
+    count = max(1, len(v) // _PARTS)
+    parts = [slice(i, i + count) for i in range(0, len(v) - count + 1, count)]
+    parts.append(slice(parts[-1].stop, None))
+    *products, rest = (_part(v, part, p.dtype) * p[part] for part in parts)
+    # With a select before it, the sum is not fused with the products, which would be far slower.
+    sums = (jnp.sum(jnp.where(jnp.isnan(x), jnp.nan, x), axis=0) for x in (sum(products), rest))
+    return jnp.swapaxes(sum(sums), 0, 1)
+
+
+def _part(v: Array, part: slice, dtype: np.dtype) -> Array:
+    """v[part] in the dtype."""
+    if v.dtype != jnp.bfloat16:
+        return v[part].astype(dtype)
+    # As integers, since XLA slices bfloat16 in float32, and would convert all values beforehand.
+    bits = lax.bitcast_convert_type(v, np.uint16)[part].astype(np.uint32)
+    return lax.bitcast_convert_type(bits << np.uint32(16), np.float32)

@@ -1,0 +1,121 @@
+"""The two products of a tile, of integers: u8 x s8 into s32, scaled afterwards.
+
+With queries q = a (q8 - 128) and keys k = b k8 + mean,
+
+    q . k = a b (q8 . k8 - 128 sum k8) + q . mean
+
+Queries are unsigned because that is the product of bytes that x86 has an instruction for (VNNI:
+four of unsigned by signed, summed into int32); the integers in brackets are exact. Every query and
+every key has a scale of its own, which costs nothing here: scales enter where integers become
+floats.
+
+Probabilities are unsigned, too: round(255 p), with p = exp(s - m_t) relative to the row's largest
+score m_t in tile t. Each is off by at most 1/510, and none by more than itself, so with tiles of n
+keys, l_t the sum of p in tile t and w_t = exp(m_t - m), the output is off by at most
+
+    max |v| sum_t w_t min(n / 510, l_t - 1) / sum_t w_t l_t
+
+A key of probability 1 with many just below 1/510 around it comes near that. But rounding errors
+fall on both sides: were they independent of the values, Hoeffding's inequality bounds the chance
+that an output is off by more than 2/255 max |v| by 2 exp(-8 (sum_t w_t l_t)^2 / sum_t w_t^2 n),
+typically 1e-30 in a row of 1,024 normal scores and tiles of 192. In bfloat16 each p is within
+p / 256, so the output is within max |v| / 256 of that with exact probabilities, whatever they are;
+values with a scale per row are rounded to bfloat16, too, and then it is twice that.
+
+Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
+Hoeffding, Probability inequalities, 1963, theorem 2, https://doi.org/10.1080/01621459.1963.10500830
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from jax import Array, lax, vmap
+from jax import numpy as jnp
+
+from .._passes import online_softmax as online
+from .._passes.exp import exp
+from .._passes.operands import Operands, Static, key_columns, kv_tile, q_tile, query_rows
+from .._passes.scores import rounded
+from .._tiles.tile import BlockSizes, QueryTile
+from .floats import Products, weigh_bfloat16
+
+ZERO_POINT = 128  # of the queries
+MOST_SUMMED = 2**16  # products of bytes that an int32 holds the sum of
+_LEVELS = np.float32(255)  # of the probabilities
+_INTEGER_TO_MANTISSA = np.float32(2**23)
+
+
+def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
+    """The products of quantized operands, with probabilities as ``static.probabilities``."""
+    probabilities = static.probabilities
+    assert operands.quantization is not None
+    assert probabilities is not None
+    q_scale, q_shift, k_scale, k_zero, v_scale = operands.quantization
+    q = q_tile(static, tile, operands.q, np.dtype(np.uint8))
+    # A select that changes nothing: a transposition next to it would cost the product its speed.
+    q = jnp.where(q > 254, np.uint8(255), q)
+    q_scale = query_rows(tile, q_scale)[..., None]
+    if q_shift is not None:
+        q_shift = query_rows(tile, q_shift)[..., None]
+    per_channel = v_scale.shape[2] == 1
+
+    def scores(j: Array) -> Array:
+        zero, scale = (key_columns(tile, x, j)[:, None] for x in (k_zero, k_scale))
+        integers = (
+            vmap(dot_u8_s8)(q, kv_tile(static, tile, operands.k, j, np.dtype(np.int8))) - zero
+        )
+        # Rounded, they are also computed once only: XLA would fuse them into the maximum, and again
+        # into the probabilities, at several times the cost.
+        s = rounded(integers.astype(np.float32) * (scale * q_scale))
+        return s if q_shift is None else s + q_shift
+
+    def values(j: Array) -> Array:
+        v = kv_tile(static, tile, operands.v, j, np.dtype(np.int8))
+        if probabilities == np.uint8:
+            return v
+        if not per_channel:
+            v = v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j)[..., None]
+        return v.astype(probabilities)
+
+    def finish(o: Array) -> Array:
+        if not per_channel:
+            return o
+        return o * lax.dynamic_slice_in_dim(tile.of_element(v_scale), tile.head, tile.heads)
+
+    products = Products(scores, values, online.dot, finish)
+    if probabilities == np.float32:
+        return products
+    products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits
+    if probabilities == jnp.bfloat16:
+        return products._replace(weigh=weigh_bfloat16)
+    return products._replace(weigh=vmap(_weigh_uint8), absorb=online.absorb_apart)
+
+
+def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:
+    """blocks with tiles of keys cut to what an int32 holds the sum of; checks the head size."""
+    if head_dim > MOST_SUMMED:
+        raise ValueError(f"{name} must have a head size of at most {MOST_SUMMED}; it is {head_dim}")
+    return BlockSizes(blocks.q, min(blocks.kv, MOST_SUMMED))
+
+
+def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
+    """uint8 a (M, K) times int8 b, (N, K) or with K as the other ``axis``, in int32."""
+    if a.shape[0] == 1:
+        # XLA converts the operands of a product with a single row to int32 first.
+        return dot_u8_s8(jnp.concatenate([a, a]), b, axis)[:1]
+    # With the default precision JAX would convert both operands to int32.
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=lax.DotAlgorithmPreset.DEFAULT,
+        preferred_element_type=np.int32,
+    )
+
+
+def _weigh_uint8(p: Array, v: Array) -> Array:
+    # The sum has the rounded integer in its lowest bits, at a fraction of a conversion's cost.
+    bits = lax.bitcast_convert_type(p * _LEVELS + _INTEGER_TO_MANTISSA, np.int32)
+    return dot_u8_s8(bits.astype(np.uint8), v, axis=0).astype(np.float32) / _LEVELS

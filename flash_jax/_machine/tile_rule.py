@@ -1,0 +1,147 @@
+"""Which tiles are fastest here: one rule from the caches, the cores and the shapes.
+
+XLA:CPU runs each operation of a step on all cores and waits for them all, and its matmul library
+packs the key tile anew in every step. Both costs are paid per step, so a step should hold as many
+scores as the caches bear: about twice the L2 caches of all cores, which the level behind them still
+keeps up with. Past 8 MiB the temporaries of a call grow to where malloc hands them back to the
+system, and every call pays for fresh pages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from .._tiles.tile import BlockSizes
+from .processor import Machine
+
+_MAX_SCORE_BYTES = 8 * 2**20
+_MAX_BLOCK_Q = 2048
+_MAX_BLOCK_KV = 1024
+# Up to so many keys, where the maximum meets the difference without a select, XLA's one kernel for
+# product, maximum and difference is faster than three operations.
+FUSED_KEYS = 256
+# What few query rows are: those of one key/value head, each of which costs a pass over a tile of
+# values, and those of all heads, of which more would take longer to multiply than the keys to read.
+_MOST_ROWS = 8
+_MOST_COLUMNS = 64
+# Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
+SYMBOLIC_LENGTH = 256
+_STREAMED_KEYS = 512  # per tile, where not all keys are read at once
+
+
+def few_rows(rows: int, heads: int) -> bool:
+    """Whether reading the keys and values takes longer than multiplying them.
+
+    Args:
+        rows: rows of scores of one key/value head.
+        heads: key/value heads.
+    """
+    return rows <= _MOST_ROWS and rows * heads <= _MOST_COLUMNS
+
+
+def score_bytes(machine: Machine) -> int:
+    """Bytes of scores that one step should hold."""
+    return min(_MAX_SCORE_BYTES, 2 * machine.cores * machine.l2)
+
+
+class Problem(NamedTuple):
+    """What the choice of tiles depends on.
+
+    Attributes:
+        T: queries.
+        S: keys.
+        head_dim: size of a head.
+        heads: key/value heads.
+        groups: query heads per key/value head; their rows share a tile.
+        masked: whether tiles may be partial or skipped.
+        reach: how many keys a query may read at the most, where that is known.
+        coarse: whether probabilities are rounded relative to the largest in their tile: the
+            shorter it is, the finer they are.
+        dtype: what is multiplied.
+    """
+
+    T: int
+    S: int
+    head_dim: int
+    heads: int = 1
+    groups: int = 1
+    masked: bool = False
+    reach: int | None = None
+    coarse: bool = False
+    dtype: str = "float32"
+
+
+def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
+    """Tiles for a problem, by the rule.
+
+    Key tiles grow with the head size, since the work per score does. A masked call wants smaller
+    tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
+    long.
+    """
+    T, S, head_dim, heads, groups, masked, reach, coarse, dtype = problem
+    T, S = max(T, 1), max(S, 1)
+    block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(512, _power_of_two(8 * head_dim)))
+    if S <= _MAX_BLOCK_KV and not masked:
+        block_kv = S  # whole rows need no rescaling
+    if masked:
+        block_q = min(block_q, max(512, _power_of_two(T // 8)))
+        block_kv = min(block_kv, block_q)
+    if reach is not None:
+        block_kv = min(512, max(128, _power_of_two(reach)))
+        block_q = 2 * block_kv
+    if few_rows(T * groups, heads) and dtype != "int8":
+        # Read where they lie where that is all of them, else in tiles that the caches hold.
+        whole = 4 * heads * groups * T * S <= score_bytes(machine)
+        return BlockSizes(T, S if whole and not masked else _even(S, _STREAMED_KEYS))
+    if coarse:
+        # Down to there it costs next to nothing. A masked tile should divide block_q.
+        block_kv = min(block_kv, 256 if masked else 192)
+    block_kv = _even(S, block_kv)
+    most = max(64, score_bytes(machine) // (4 * block_kv * groups))
+    return BlockSizes(_even(T, min(block_q, most)), block_kv)
+
+
+def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copies: int) -> int:
+    """How many key/value heads share a step; divides ``heads``.
+
+    Args:
+        heads: key/value heads.
+        rows: rows of scores of one key/value head in a tile.
+        copies: how many arrays of the tile's scores live at once.
+    """
+    return _divisor(heads, score_bytes(machine) // (4 * rows * block_kv * copies))
+
+
+def elements_per_step(machine: Machine, rows: int, scores: int, keys: int) -> int:
+    """How many batch elements share a step; divides ``rows``.
+
+    All of them where their scores fit: their keys and values are then read where they lie, and not
+    copied. Else a step holds half as many scores as others do, for it holds all that belongs to
+    them, too.
+
+    Args:
+        rows: batch elements.
+        scores: float32 numbers that live at once of the scores of one of them.
+        keys: numbers in the keys and values of one of them.
+    """
+    most = score_bytes(machine) // 4
+    if rows * scores <= most:
+        return rows
+    return _divisor(rows, most // 2 // max(scores, keys))
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of count that is at most ``most``, at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
+
+
+def _even(length: int, block: int) -> int:
+    """The shortest tile, in whole vectors of 16, that needs no more tiles than ``block`` does."""
+    count = max(1, math.ceil(length / block))
+    return min(length, 16 * math.ceil(length / count / 16)) or 1
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is at most n, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)

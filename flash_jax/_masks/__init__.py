@@ -1,0 +1,1 @@
+"""Which query may read which key, and the tiles that follow."""

@@ -1,0 +1,1 @@
+"""The algorithms: forward, tangent, backward, and the rules of JAX for them."""

@@ -1,0 +1,117 @@
+"""Scores of one tile, from scaled queries and keys to masked logits.
+
+    s = soft_cap(scale * q . k) - slope * |t + offset - s| + bias,  then -inf where masked
+
+which is the order of FlashAttention and of ONNX. Soft cap c: x -> c tanh(x / c), Gemma 2, 2024,
+section 2, https://arxiv.org/abs/2408.00118. Slopes: Press et al., ALiBi, 2021, section 3,
+https://arxiv.org/abs/2108.12409.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from .._masks.positions import Mask
+from .._masks.schedule import PARTIAL, keep_tile, never_partial, status
+from .._tiles.tile import Axis, QueryTile
+from .online_softmax import dot
+
+
+class Local(NamedTuple):
+    """The part of the parameters of scores that one tile depends on."""
+
+    soft_cap: Array | None  # ()
+    alibi_slopes: Array | None  # (heads, groups, 1, 1)
+    bias: Array | None  # broadcastable to (heads, groups, block_q, block_kv)
+
+
+class Scores(NamedTuple):
+    """What turns products of queries and keys into logits. Each array's first axis is B or 1."""
+
+    scale: Array  # (B,)
+    mask: Mask | None = None  # bound
+    soft_cap: Array | None = None  # (B,)
+    alibi_slopes: Array | None = None  # (B, N)
+    offset: Array | None = None  # (B,) int32, of the ALiBi distances
+    bias: Array | None = None  # (B, N, T, S), any of them 1
+
+    def always_full(self, kv: Axis) -> bool:
+        """Whether it is known before any value is that no tile needs a mask."""
+        return never_partial(self.mask, kv) and self.bias is None
+
+    @property
+    def always_partial(self) -> bool:
+        """Whether every tile needs a mask: a bias may be -inf anywhere."""
+        return self.bias is not None
+
+    def schedule_row(self, tile: QueryTile) -> Array:
+        """What each key tile is, as ``_schedule.status``."""
+        row = status(self.mask, tile)
+        return row if not self.always_partial else jnp.minimum(row, np.int32(PARTIAL))
+
+    def scaled(self, tile: QueryTile, q: Array) -> Array:
+        """Queries times the scale, in q's dtype.
+
+        Scaled before the product: after it, XLA may fuse ``s * scale - m`` into one rounding, which
+        is not 0 at the maximum.
+        """
+        return q * tile.of_element(self.scale).astype(q.dtype)
+
+    def read_keys(self, T: int, S: int) -> Array | None:
+        """Which keys some query may read, (B or 1, S), as ``Mask.read_keys``; None: all."""
+        read = None if self.mask is None else self.mask.read_keys(T, S)
+        if self.bias is None:
+            return read
+        unmasked = ~jnp.isneginf(self.bias.astype(self.scale.dtype))
+        unmasked = jnp.any(unmasked, axis=(1, 2))
+        unmasked = jnp.broadcast_to(unmasked, (unmasked.shape[0], S))
+        return unmasked if read is None else read & unmasked
+
+    def keep(self, tile: QueryTile, j: Array) -> Array:
+        """The mask of key tile j: bool (heads, rows, block_kv)."""
+        kept = keep_tile(self.mask, tile, j)
+        if self.bias is not None:
+            bias = tile.of_scores(self.bias, j).astype(self.scale.dtype)
+            kept = kept & ~jnp.isneginf(bias)
+        return tile.as_rows(kept)
+
+    def products(self, q: Array, k: Array) -> Array:
+        """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
+        s = dot(q, k, axis=-1)
+        return rounded(s) if q.shape[-1] == 1 else s  # XLA makes that a plain product
+
+    def local(self, tile: QueryTile, j: Array) -> Local:
+        """The parameters that the logits of key tile j depend on."""
+        return Local(
+            None if self.soft_cap is None else tile.of_element(self.soft_cap),
+            None if self.alibi_slopes is None else tile.of_heads(self.alibi_slopes),
+            None if self.bias is None else tile.of_scores(self.bias, j),
+        )
+
+    def logits(self, tile: QueryTile, j: Array, local: Local, s: Array) -> Array:
+        """What the products s (heads, rows, block_kv) of key tile j become before the mask."""
+        soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
+        if soft_cap is not None:
+            # A constant cap would divide by its reciprocal, and give other bits than a traced one.
+            s = rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
+        if slopes is not None and self.offset is not None:
+            distance = jnp.abs(tile.t + tile.of_element(self.offset) - tile.s(j)).astype(s.dtype)
+            s = s - tile.as_rows(slopes * distance)
+        if bias is not None:
+            s = s + tile.as_rows(bias)
+        return s
+
+
+def rounded(x: Array) -> Array:
+    """A product x, rounded before it meets a sum.
+
+    XLA may fuse ``a * b - m`` into one rounding, which is not 0 at the maximum. A select between
+    the two prevents that, and keeps NaN.
+    """
+    low = jnp.finfo(x.dtype).min
+    return jnp.where(x < low, low, x)

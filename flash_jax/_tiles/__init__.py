@@ -1,0 +1,1 @@
+"""Where things lie: tiles of positions, and of arrays in memory."""

@@ -1,0 +1,233 @@
+"""A tile of queries and the key tiles across from it: positions, and the parts of arrays they meet.
+
+Queries and keys are cut into tiles of block_q and block_kv positions, which need not divide their
+number: the last tile starts where it still fits, and so repeats some positions of the one before.
+Repeated queries are computed twice; repeated keys are masked.
+
+Parts of the scores have four axes, (key/value heads, groups, T, S): query head n reads key/value
+head n // groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+
+from .symbolic import as_int32, known
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+@jax.custom_batching.custom_vmap
+def in_every_element(condition: Array) -> Array:
+    """Whether the condition holds in all batch elements of a step: one bool for a ``cond``.
+
+    Of a bool per element ``vmap`` would make a select, and run both branches. A collective over a
+    named axis of the ``vmap`` would do, too, but ``shard_map`` takes the name for one of its mesh.
+    """
+    return condition
+
+
+@in_every_element.def_vmap
+def _(_size: int, _batched: list[bool], condition: Array) -> tuple[Array, bool]:
+    return jnp.all(condition), False
+
+
+class Range(NamedTuple):
+    """Positions first..last, both included."""
+
+    first: Array
+    last: Array
+
+
+class BlockSizes(NamedTuple):
+    """Positions per tile: queries and keys. They change speed and rounding only.
+
+    Example:
+        >>> BlockSizes(q=512, kv=256).kv
+        256
+    """
+
+    q: int
+    kv: int
+
+
+class Axis(NamedTuple):
+    """Positions 0..length-1 in tiles of ``block``, which is at most ``length``.
+
+    A symbolic length is a multiple of ``block``.
+    """
+
+    length: int
+    block: int
+
+    @classmethod
+    def of(cls, length: int, block: int) -> Axis:
+        return cls(length, min(length, block) if known(length) else block)
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.block)
+
+    @property
+    def ragged(self) -> bool:
+        return self.length % self.block != 0
+
+    def start(self, i: Array) -> Array:
+        """First position of tile i as it is loaded."""
+        return jnp.minimum(i * self.block, as_int32(self.length - self.block))
+
+    def own(self, i: Array) -> Range:
+        """Positions of tile i that no tile before it has."""
+        end = jnp.minimum((i + 1) * self.block, as_int32(self.length))
+        return Range(i * self.block, end - 1)
+
+
+class QueryTile(NamedTuple):
+    """Query tile i of some heads of one batch element, or of several: see ``each``.
+
+    Attributes:
+        q: how the queries are cut.
+        kv: how the keys are cut.
+        row: which batch element of which vmapped call: call * B + element.
+        batch: how many rows there are, and B.
+        element: which batch element of its call.
+        head: the first key/value head.
+        heads: how many key/value heads.
+        groups: query heads per key/value head.
+        i: which tile.
+        elements: how many rows in a row share the tile.
+    """
+
+    q: Axis
+    kv: Axis
+    row: Array
+    batch: tuple[int, int]
+    element: Array
+    head: Array
+    heads: int
+    groups: int
+    i: Array
+    elements: int = 1
+
+    @property
+    def n(self) -> Array:
+        """(heads, groups, 1, 1): query heads."""
+        n = self.head * self.groups + lax.iota(np.int32, self.heads * self.groups)
+        return n.reshape(self.heads, self.groups, 1, 1)
+
+    @property
+    def t(self) -> Array:
+        """(1, 1, block_q, 1): queries."""
+        return (self.q.start(self.i) + lax.iota(np.int32, self.q.block)).reshape(1, 1, -1, 1)
+
+    def s(self, j: Array) -> Array:
+        """(1, 1, 1, block_kv): keys of key tile j."""
+        return (self.kv.start(j) + lax.iota(np.int32, self.kv.block)).reshape(1, 1, 1, -1)
+
+    @property
+    def queries(self) -> Range:
+        """First and last query."""
+        start = self.q.start(self.i)
+        return Range(start, start + self.q.block - 1)
+
+    @property
+    def keys(self) -> Range:
+        """(1, 1, 1, key tiles): first and last own key of every key tile."""
+        j = lax.iota(np.int32, self.kv.count).reshape(1, 1, 1, -1)
+        return self.kv.own(j)
+
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the scores of one key tile."""
+        return self.heads, self.groups, self.q.block, self.kv.block
+
+    @property
+    def rows(self) -> int:
+        """Rows of scores of one key/value head."""
+        return self.groups * self.q.block
+
+    def as_rows(self, x: Array, width: int | None = None) -> Array:
+        """(heads, rows, width) of what broadcasts to ``shape()``, with width for block_kv."""
+        x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
+        return x.reshape(self.heads, self.rows, -1)
+
+    def each(self, function: Callable[[QueryTile, A], R], arrays: A) -> R:
+        """function(tile, arrays) of every batch element, its results along a first axis.
+
+        The function sees a tile of one element, and arrays with the row of that element only. It is
+        mapped by ``vmap``, where a loop would run until its last element is done: it has none.
+        """
+        if self.elements == 1:
+            return jax.tree.map(lambda x: x[None], function(self, arrays))
+        count = lax.iota(np.int32, self.elements)
+
+        def part(x: Array) -> Array:
+            """The rows of x that serve these elements, or the only one."""
+            served = self.batch[0] // x.shape[0]
+            if served == 1:
+                return lax.dynamic_slice_in_dim(x, self.row, self.elements)
+            return x if x.shape[0] == 1 else x[(self.row + count) // as_int32(served)]
+
+        def of_one(element: Array, leaves: list[Array]) -> R:
+            rows = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
+            tile = self._replace(row=np.int32(0), batch=(1, 1), element=element)
+            return function(tile, jax.tree.unflatten(tree, rows))
+
+        leaves, tree = jax.tree.flatten(arrays)
+        axes = [None if x.shape[0] == 1 else 0 for x in leaves]
+        elements = (self.element + count) % as_int32(self.batch[1])
+        return jax.vmap(of_one, in_axes=(0, axes))(elements, [part(x) for x in leaves])
+
+    def row_of(self, x: Array) -> Array:
+        """Index into the first axis of x, each entry of which serves equally many rows."""
+        return self.row // as_int32(self.batch[0] // x.shape[0])
+
+    def of_element(self, x: Any) -> Array:
+        """The part of x for this batch element, without its first axis."""
+        return lax.dynamic_index_in_dim(x, self.row_of(x), 0, keepdims=False)
+
+    def of_heads(self, x: Any) -> Array:
+        """(heads, groups, 1, 1) of x (B or 1, N)."""
+        x = self.of_element(x)
+        size = self.heads * self.groups
+        x = lax.dynamic_slice_in_dim(x, self.head * self.groups, size)
+        return x.reshape(self.heads, self.groups, 1, 1)
+
+    def of_queries(self, x: Any) -> Array:
+        """(1, 1, block_q, 1) of x (B or 1, T)."""
+        x = lax.dynamic_slice_in_dim(self.of_element(x), self.q.start(self.i), self.q.block)
+        return x.reshape(1, 1, -1, 1)
+
+    def of_keys(self, x: Any, j: Array) -> Array:
+        """(1, 1, 1, block_kv) of x (B or 1, S), for key tile j."""
+        x = lax.dynamic_slice_in_dim(self.of_element(x), self.kv.start(j), self.kv.block)
+        return x.reshape(1, 1, 1, -1)
+
+    def of_scores(self, x: Any, j: Array | None = None) -> Array:
+        """The part of x (B or 1, N or 1, T or 1, S or 1) for key tile j, or for all keys.
+
+        (heads, groups, block_q, block_kv or S), with 1 where x has 1.
+        """
+        x = self.of_element(x)
+        parts = [
+            (self.head * self.groups, self.heads * self.groups),
+            (self.q.start(self.i), self.q.block),
+            (self.kv.start(j), self.kv.block) if j is not None else (np.int32(0), self.kv.length),
+        ]
+        for axis, (start, size) in enumerate(parts):
+            if x.shape[axis] != 1:
+                x = lax.dynamic_slice_in_dim(x, start, size, axis)
+        heads = (1, 1) if x.shape[0] == 1 else (self.heads, self.groups)
+        return x.reshape(*heads, *x.shape[1:])
+
+    def in_key_tiles(self, x: Array) -> Array:
+        """(..., key tiles, block_kv) of x (..., S): a ragged end repeats the last key."""
+        missing = self.kv.count * self.kv.block - self.kv.length
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge")
+        return x.reshape(*x.shape[:-1], self.kv.count, self.kv.block)
