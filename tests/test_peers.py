@@ -189,7 +189,7 @@ def test_other_implementations_are_refused(implementation, error, rng):
 @pytest.fixture
 def sdpa():
     """scaled_dot_product_attention of arrays laid out as ours, through float32."""
-    torch = pytest.importorskip("torch", reason="torch is in the extra `bench`")
+    torch = pytest.importorskip("torch", reason="torch is in the extra `bench`, of Python 3.11")
 
     def call(query, key, value, dtype=np.float32, **options):
         kind = {np.float32: torch.float32, jnp.bfloat16: torch.bfloat16}[dtype]
