@@ -460,6 +460,8 @@ check(lambda q, k, v, sinks: attend(q, k, v, sinks=sinks, local_window_size=2),
       (heads, heads, heads, batch), heads, q, k, v, sinks)
 check(jax.vmap(lambda q, k, v: attend(q, k, v, is_causal=True), in_axes=(0, None, None)),
       (batch, all_, all_), batch, q, k[0], v[0])
+dropout = {"dropout_rate": 0.4, "dropout_rng": jax.random.key(0), "broadcast_dropout": True}
+check(lambda q, k, v: attend(q, k, v, **dropout), heads, heads, q, k, v)
 print("done")
 """
 
