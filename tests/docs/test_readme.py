@@ -10,7 +10,7 @@ from oracle import max_error
 
 import flash_jax
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def code_of(title):
