@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from ._frameworks.layers import attend
-from ._masks.positions import Mask
+from ._masks.base import Mask
 
 try:
     import equinox as eqx

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax import Array
 
 from ._frameworks.layers import attend
-from ._masks.positions import Mask
+from ._masks.base import Mask
 
 try:
     import haiku as hk

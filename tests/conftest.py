@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-# One case of every kind, by its file, in whichever folder, and the start of its name: these run with
-# the oldest JAX, too.
+# One case of every kind, by its file, in whichever folder, and the start of its name: these run
+# with the oldest JAX, too.
 FLOOR = (
     "test_attention.py::test_every_option_agrees_with_the_oracle[everything]",
     "test_attention.py::test_float64_is_computed_in_float64[everything]",

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from .._checks.shapes import as_floats, check_bool, check_dropout, check_qkv
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .._passes.dropout import bind_key
 from .._passes.operands import Operands
 from .._passes.primitives import attention

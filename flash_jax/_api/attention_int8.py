@@ -16,7 +16,7 @@ from .._formats.int8 import summable
 from .._formats.quantized import QuantizedArray, check_quantized, dequantize
 from .._formats.smoothing import shift, to_floats, to_integers, to_operands
 from .._formats.straight_through import straight_through
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .._passes.operands import Operands
 from .._passes.primitives import attention
 from .._tiles.layout import Layout

@@ -26,7 +26,10 @@ from .._checks.shapes import (
 )
 from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
 from .._machine.tuned import best_blocks, tuned
-from .._masks.positions import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
+from .._masks.arrays import ArrayMask
+from .._masks.base import Mask
+from .._masks.positions import CausalMask, LengthMask, WindowMask
+from .._masks.segments import segments
 from .._passes.scores import Scores
 from .._tiles.symbolic import known
 from .._tiles.tile import BlockSizes

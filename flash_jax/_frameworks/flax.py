@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .layers import attend
 
 

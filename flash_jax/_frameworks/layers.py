@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from .._api.attention import flash_attention_with_lse
 from .._api.empty_rows import check_empty_rows, mean_in_empty_rows
-from .._masks.positions import Mask
+from .._masks.base import Mask
 
 
 def attend(

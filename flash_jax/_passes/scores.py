@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .._masks.schedule import PARTIAL, keep_tile, never_partial, status
 from .._tiles.tile import Axis, QueryTile
 from .online_softmax import dot
