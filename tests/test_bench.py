@@ -1,4 +1,4 @@
-"""``python -m flash_jax bench``: what it measures is right, and where it goes."""
+"""``python -m flash_jax bench`` measures what it says, shows it and saves it."""
 
 import json
 import subprocess

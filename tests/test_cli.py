@@ -15,7 +15,7 @@ from flash_jax._machine import processor
 from flash_jax._machine.processor import DEFAULT_CACHES, Machine
 from flash_jax._tiles.tile import BlockSizes
 
-# No 8 bytes occur twice in it, so whoever has read it once knows how it goes on.
+# No 8 bytes occur twice in it, so 8 bytes tell how it goes on.
 WORDS = b"the cat sat on the mat, and a dog ran over some log; then it rained.\n"
 TEXT = (WORDS * 60)[:3001]
 
@@ -25,14 +25,14 @@ def as_bytes(text):
 
 
 def mixed_text(rng, n):
-    """n bytes with repetitions here and there."""
+    """Draws n bytes: a few words, each of which occurs often."""
     words = [rng.integers(97, 101, rng.integers(1, 6)) for _ in range(11)]
     picks = (words[i] for i in rng.integers(0, len(words), n))
     return np.concatenate([np.append(word, 32) for word in picks])[:n].astype(np.uint8)
 
 
 def nearest_byte_scores(data, context, byte):
-    """Scores of all bytes at positions 1.., float64, one position at a time."""
+    """Computes the scores of all bytes at positions 1.., in float64, one position at a time."""
     lags, size = context.shape[0], context.shape[-1]
     contexts = []
     for s in range(len(data)):
@@ -203,7 +203,7 @@ def test_demo_prints_accuracy_cost_and_text(text_file, capsys):
     for name in ("compile time", "run time", "speed", "temporary memory", "difference from jax.nn"):
         assert table[name]
     assert WORDS.decode() + "^" * (len(WORDS) - 1) + "\n" in out
-    # No progress, no escapes where no one watches.
+    # Progress and escapes are for terminals only.
     assert "..." not in out
     assert "\x1b" not in out
     assert err == ""
@@ -316,7 +316,7 @@ def test_an_unreadable_file_is_refused(text_file, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    # By hand, since permissions do not bind every user.
+    # The error is raised by hand, since permissions do not bind every user.
     monkeypatch.setattr(builtins, "open", refuse)
     assert main(["demo", text_file]) == 2
     assert f"{text_file!r}: Permission denied" in capsys.readouterr().err

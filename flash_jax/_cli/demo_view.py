@@ -68,7 +68,7 @@ def last_lines(
         lines: lines to find at most.
         columns: columns of the terminal.
     """
-    # Where lines are longer than this allows for, the first ones lose their beginning or are lost.
+    # Where lines are longer than this allows for, the first ones are cut or left out.
     tail = data[-4 * lines * max(columns, 256) :].tobytes()
     while tail and tail[0] & 0xC0 == 0x80:  # the tail begins inside a character
         tail = tail[1:]

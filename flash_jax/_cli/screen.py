@@ -13,7 +13,7 @@ from .demo_view import Character
 
 
 class Screen(Protocol):
-    """What shows results and progress."""
+    """The interface to what shows results and progress."""
 
     def step(self, name: str) -> AbstractContextManager[Any]:
         """Shows that a step is running, for as long as the context lasts."""
@@ -107,7 +107,7 @@ class RichScreen:
         for i, name in enumerate(header or rows[0]):
             table.add_column(Text(name), style="cyan" if i == 0 else None)
         for row in rows:
-            # A cell such as a file's name may look like markup, which Text does not interpret.
+            # A cell such as a file's name may look like markup. Text shows it as it is.
             table.add_row(*map(Text, row))
         self.console.print(table)
 
