@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from .._tiles.tile import BlockSizes
+from .._version import __version__
 from . import demo, demo_view, info
 from .bench import report
 from .bench.cases import CASES, LENGTHS, of_length

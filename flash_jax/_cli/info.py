@@ -7,10 +7,10 @@ import platform
 import re
 from importlib.metadata import version
 
-from .. import __version__
 from .._api.config import FlashAttentionConfig
 from .._machine.processor import Machine, machine, processor
 from .._machine.tuned import path, stored
+from .._version import __version__
 
 _DEFAULT_VECTOR_WIDTH = 256
 _LENGTHS = (512, 2048, 8192, 32768, 131072)
