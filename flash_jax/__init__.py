@@ -29,5 +29,4 @@ from ._masks.segments import SegmentMask as SegmentMask
 from ._masks.view import BlockSchedule as BlockSchedule
 from ._masks.view import block_schedule as block_schedule
 from ._tiles.tile import BlockSizes as BlockSizes
-
-__version__ = "0.1.0"
+from ._version import __version__ as __version__

@@ -16,6 +16,7 @@ from .._checks.shapes import check_bool, check_probability_dtype, check_window, 
 from .._formats.quantized import QuantizedArray
 from .._machine.processor import machine
 from .._machine.tile_rule import Problem, fastest_blocks, score_bytes
+from .._machine.timing import alternate
 from .._machine.tuned import store
 from .._tiles.tile import BlockSizes
 from .attention import flash_attention
@@ -126,7 +127,6 @@ def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:
 
 def _measure(call: Any, candidates: list[BlockSizes], rounds: int) -> dict[BlockSizes, np.ndarray]:
     """Seconds of every candidate in alternating rounds."""
-    from .._cli.bench.measure import alternate  # not needed before
 
     def run(blocks: BlockSizes) -> Array:
         return jax.block_until_ready(call(block_sizes=blocks))
