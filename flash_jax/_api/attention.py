@@ -12,11 +12,11 @@ from jax.typing import ArrayLike
 from .._checks.shapes import as_floats, check_bool, check_dropout, check_qkv
 from .._masks.positions import Mask
 from .._passes.dropout import bind_key
-from .._passes.operands import Operands, Static
+from .._passes.operands import Operands
 from .._passes.primitives import attention
 from .._tiles.layout import Layout, heads_first
-from .._tiles.symbolic import known
 from .options import Options, as_mask, bind_options, check_options
+from .plan import plan_floats
 
 
 def flash_attention(
@@ -206,19 +206,10 @@ def attention_of_floats(
     dropout_key = None
     if dropout_rng is not None and dropout_rate:
         dropout_key = bind_key(dropout_rng, 1 if broadcast_dropout else query.shape[0])
-    kv_layout = Layout.HEADS_LAST
-    if not known(query.shape[1]) or bound.blocks.q < query.shape[1]:  # they are read repeatedly
-        kv_layout = Layout.HEADS_FIRST
+    layout = Layout.HEADS_LAST
+    plan = plan_floats(query, key, bound.blocks, layout, dropout_rate, broadcast_dropout)
+    if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)
     operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
-    static = Static(
-        bound.blocks,
-        Layout.HEADS_LAST,
-        query.shape[0],
-        query.dtype,
-        kv_layout,
-        dropout_rate,
-        broadcast_dropout,
-    )
-    out, lse = attention(operands, static)
+    out, lse = attention(operands, plan)
     return (out, lse) if batched else (out[0], lse[0])

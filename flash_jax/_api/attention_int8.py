@@ -17,11 +17,12 @@ from .._formats.quantized import QuantizedArray, check_quantized, dequantize
 from .._formats.smoothing import shift, to_floats, to_integers, to_operands
 from .._formats.straight_through import straight_through
 from .._masks.positions import Mask
-from .._passes.operands import Operands, Static
+from .._passes.operands import Operands
 from .._passes.primitives import attention
 from .._tiles.layout import Layout
 from .attention import attention_of_floats
 from .options import Options, as_mask, bind_options, check_options
+from .plan import plan_int8
 
 
 def flash_attention_int8(
@@ -249,8 +250,10 @@ def _in_integers(
     if scores.soft_cap is not None or bound.sinks is not None:
         quantization, later = quantization._replace(q_shift=later), None
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
-    static = Static(blocks, Layout.HEADS_LAST, query.shape[0], dtype)
-    out, lse = attention(operands, static._replace(probabilities=options.probabilities))
+    assert options.probabilities is not None
+    sizes, layout = (query.shape[0], key.shape[1]), Layout.HEADS_LAST
+    plan = plan_int8(*sizes, blocks, layout, dtype, options.probabilities)
+    out, lse = attention(operands, plan)
     if later is not None:
         lse = jnp.where(jnp.isneginf(lse), lse, lse + later)  # of no key, whatever the query is
     return (out, lse) if batched else (out[0], lse[0])

@@ -27,11 +27,12 @@ from .._formats.int8 import summable
 from .._formats.smoothing import unsigned, zero_products
 from .._formats.straight_through import straight_through
 from .._masks.positions import CausalMask
-from .._passes.operands import Operands, Quantization, Static
+from .._passes.operands import Operands, Quantization
 from .._passes.primitives import attention
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
 from .config import FlashAttentionConfig
+from .plan import plan_floats, plan_int8
 
 
 def flash_attention_forward(
@@ -211,7 +212,8 @@ def _check_config(config: FlashAttentionConfig) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
-    out, _ = attention(operands, Static(config.block_sizes, Layout.HEADS_FIRST, 1, q.dtype))
+    plan = plan_floats(operands.q, operands.k, config.block_sizes, Layout.HEADS_FIRST)
+    out, _ = attention(operands, plan)
     return out[0]
 
 
@@ -253,8 +255,8 @@ def _in_integers(
     operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
     blocks = summable("q", q.shape[-1], config.block_sizes)
     dtype = np.dtype(np.float32)
-    static = Static(blocks, Layout.HEADS_FIRST, 1, dtype, probabilities=probabilities)
-    return attention(operands, static)[0][0]
+    plan = plan_int8(1, k.shape[1], blocks, Layout.HEADS_FIRST, dtype, probabilities)
+    return attention(operands, plan)[0][0]
 
 
 def _at_integers(

@@ -12,25 +12,38 @@ key is not finite: then each head is multiplied alone. Values are weighed and su
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._checks.shapes import accumulator
 from .._passes.online_softmax import dot
-from .._passes.operands import Operands, Static, q_tile
+from .._passes.operands import Dimensions, Operands, q_tile
+from .._passes.plan import Plan
+from .._passes.products import Products
 from .._passes.scores import rounded
 from .._tiles.layout import slice_tile
 from .._tiles.tile import QueryTile, in_every_element
-from .floats import Products, product_dtype
 
 _PARTS = 16  # of the values, added up elementwise before the sum over what is left
 
 
-def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
-    """The products of floats, of keys and values that are laid out heads last."""
-    acc, dtype = accumulator(static.dtype), product_dtype(operands)
-    q = q_tile(static, tile, operands.q, dtype)
+@dataclasses.dataclass(frozen=True)
+class FewRows:
+    """Floats of few query rows, multiplied in a dtype; keys and values are laid out heads last."""
+
+    dtype: np.dtype
+
+    def products(self, operands: Operands, plan: Plan, tile: QueryTile) -> Products:
+        return _streaming_products(self.dtype, operands, plan, tile)
+
+
+def _streaming_products(
+    dtype: np.dtype, operands: Operands, plan: Plan, tile: QueryTile
+) -> Products:
+    acc = Dimensions.of(operands, plan).acc
+    q = q_tile(plan, tile, operands.q, dtype)
     if dtype == acc:
         q = operands.scores.scaled(tile, q)
     own = np.eye(tile.heads, dtype=bool)[:, None, :, None]
@@ -39,7 +52,7 @@ def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> P
     def positions(x: Array, j: Array) -> Array:
         """(block_kv, heads, H) of key tile j."""
         start, size = tile.kv.start(j), tile.kv.block
-        return slice_tile(static.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
+        return slice_tile(plan.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
 
     def scores(j: Array) -> Array:
         k = positions(operands.k, j).astype(dtype)

@@ -10,7 +10,7 @@ from oracle import max_error
 
 import flash_jax
 
-FRAMEWORKS = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+FRAMEWORKS = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 
 
 def code_of(title):
