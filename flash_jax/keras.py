@@ -174,7 +174,7 @@ def _compute_attention(
     grouped = isinstance(layer, keras.layers.GroupQueryAttention)
     scores = layer._return_attention_scores if grouped else return_attention_scores
     kept = "return_attention_scores=True" if scores else _other_axes(layer, query)
-    if kept or in_symbolic_scope():  # Keras asks for shapes, sizes are symbols
+    if kept or in_symbolic_scope():  # Keras asks for shapes there, of symbolic sizes
         if kept:
             warnings.warn(f"{layer.name!r} keeps Keras's attention: {kept}", stacklevel=2)
         if isinstance(attention_mask, _MaskParts):
