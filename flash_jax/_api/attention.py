@@ -45,8 +45,8 @@ def flash_attention(
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
 
     A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
-    together. Without the axis B, every array is without it: lengths and offsets are scalars.
-    Options that are arrays may be lists.
+    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
+    are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
@@ -66,7 +66,7 @@ def flash_attention(
         local_window_size: w or (left, right), >= 0 or None for an open side: query t reads keys
             t + query_offset - left .. t + query_offset + right.
         query_offset: int32, a scalar or (B,): position of query 0 among the keys. S - T aligns the
-            causal diagonal bottom-right; the length of a cache is that of decoding.
+            causal diagonal bottom-right; in decoding it is the length of the cache.
         query_segment_ids: integers (B, T) or (T,): a query reads keys of its own segment.
         key_value_segment_ids: integers (B, S) or (S,).
         logits_soft_cap: c > 0, a scalar or (B,): a product x becomes c * tanh(x / c).
@@ -77,7 +77,7 @@ def flash_attention(
             of the softmax, and the others divided by 1 - rate.
         dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices
             (batch element, head, t, s) alone.
-        broadcast_dropout: the same probabilities are dropped in every batch element and head: which
+        broadcast_dropout: every batch element and head drops the same probabilities. Which ones
             depends on dropout_rng and (t, s) alone.
         block_sizes: positions per tile, queries and keys; default: the fastest known here. Changes
             speed and rounding only; need not divide T or S.

@@ -48,16 +48,17 @@ def flash_attention_int8(
 ) -> Array:
     """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
 
-    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1];
-    values per channel. Keys and values that no query may read touch neither scales nor mean; one
-    that some query reads does, also for the others, finite as it is: if it is far larger than the
-    rest, it costs them precision. Keys and values may come quantized, as a cache holds them.
+    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1].
+    Values are quantized per channel. Keys and values that no query may read touch neither scales
+    nor mean. Every visible one contributes: with causal attention later tokens can change earlier
+    outputs by rounding, and one that is far larger than the rest costs the others precision. Keys
+    and values may come quantized, as a cache holds them.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16 or float16.
         key: (B, S, K, H), dtype of query; or a ``QuantizedArray``, of scales that are constant
-            along H (per tensor, head, row or block of rows) or along S (per channel). Those are
-            used as they are: what shifts every key alike is best taken out before.
+            along H (per tensor, head, row or block of rows) or along S (per channel). Quantized
+            keys are used as they are: take out what shifts every key alike before quantizing.
         value: (B, S, K, Hv), as key. With uint8 probabilities its scales must be constant along S.
         bias: as ``flash_attention``, and so on.
         mask: as there.
@@ -72,18 +73,19 @@ def flash_attention_int8(
         logits_soft_cap: as there.
         sinks: as there.
         alibi_slopes: as there.
-        probability_dtype: what probabilities are rounded to before they meet the values: uint8,
-            relative to the row's largest in each tile, is fastest; bfloat16 is within 2/255 of
-            ``max |v|`` for every input; float32 is exact. (``flash_jax._int8`` derives the bounds.)
+        probability_dtype: what probabilities are rounded to before they meet the values. uint8,
+            relative to the row's largest in each tile, is the fastest. bfloat16 is within 2/255 of
+            ``max |v|`` for every input. float32 is exact. ``flash_jax._formats.int8`` derives the
+            bounds.
         block_sizes: as there. Longer tiles of keys make uint8 probabilities coarser.
 
     Returns:
-        (B, T, N, Hv), dtype of query. A row that may read no key is zero. A query, or a visible key
-        or value, with a NaN or an infinity gives NaN in all channels, and lse, of the rows that
-        read it.
+        (B, T, N, Hv), dtype of query. A row that may read no key is zero. A NaN or an infinity in a
+        query, or in a visible key or value, makes lse and all channels NaN in the rows that read
+        it.
 
         Gradients are straight-through: those of ``flash_attention`` at the numbers that the
-        integers stand for, in linear memory; quantized keys and values have them in their scales.
+        integers stand for, in linear memory. Quantized keys and values have them in their scales.
 
     Raises:
         ValueError: shapes, dtypes or ranges disagree; the message names the argument.

@@ -30,7 +30,8 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     """``flash_attention`` behind the signature of ``jax.nn.dot_product_attention``.
 
-    ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` works for code that calls it.
+    After ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` code that calls JAX's
+    function runs this one.
 
     Args:
         query: (B, T, N, H) or (T, N, H), and so on: as ``jax.nn.dot_product_attention``.
@@ -46,12 +47,12 @@ def dot_product_attention(
         implementation: None or "xla"; both run this library.
         return_residual: also return the log-sum-exp of the scores, (B, T, N) or (T, N), in key's
             dtype, without a gradient.
-        empty_rows: ours, not there: a row that may read no key is "zero", or the "mean" of value
-            over all S, as there. Padded keys count in the mean, NaN included.
+        empty_rows: not in ``jax.nn``. A row that may read no key is "zero", or the "mean" of value
+            over all S, as in ``jax.nn``. Padded keys count in the mean, NaN included.
 
     Returns:
-        As there, but for a row that may read no key: it is as empty_rows says, and its residual is
-        -inf.
+        As ``jax.nn``, except for a row that may read no key: empty_rows says what it is, and its
+        residual is -inf.
 
     Raises:
         ValueError, TypeError: as ``flash_attention``.

@@ -1,6 +1,6 @@
 """The kernels: attention of one head and of many, heads first, with their tiles in a config.
 
-Each on floats, and on int8 with one scale per array.
+Each takes floats, or int8 with one scale per array.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def flash_attention_forward_i8(
         probability_dtype: as ``flash_attention_int8``.
 
     Returns:
-        (T, Hv) float32. Scores are summed in int32, and with uint8 probabilities values are, too. A
+        (T, Hv) float32. Scores are summed in int32, and so are values with uint8 probabilities. A
         row that may read no key is zero. The derivatives in the scales are those of
         ``flash_attention_forward``.
 

@@ -47,14 +47,16 @@ def tune(
 ) -> BlockSizes:
     """Measures tile sizes on this machine, and keeps the fastest for later calls.
 
-    ``flash_attention`` or ``flash_attention_int8`` use them from then on, in other processes, too,
-    and ``FlashAttentionConfig.auto`` where K = N, for calls that agree in T, S, H, N // K, dtype,
-    ``local_window_size``, and in whether they have a mask of any kind. Functions that ``jit`` has
-    compiled before keep the tiles they have. A ``block_sizes`` given in a call always wins.
+    From then on ``flash_attention`` or ``flash_attention_int8`` uses them, in other processes, too,
+    and so does ``FlashAttentionConfig.auto`` where K = N. The choice holds for calls that agree in
+    T, S, H, N // K, dtype, ``local_window_size``, and in whether they have a mask of any kind.
+    Functions that ``jit`` compiled before keep their tiles. A ``block_sizes`` given in a call
+    always wins.
 
-    They are kept in ``flash_jax`` in the user's folder for caches (``XDG_CACHE_HOME``), for this
-    version of flash_jax and jaxlib and this processor. ``python -m flash_jax info`` tells where.
-    Progress goes to the standard error stream. A call takes some seconds, most of it compilation.
+    The choice is kept in the folder ``flash_jax`` of the user's caches (``XDG_CACHE_HOME``), for
+    this version of flash_jax and jaxlib and this processor. ``python -m flash_jax info`` tells
+    where. Progress goes to the standard error stream. A call takes some seconds, most of it for
+    compilation.
 
     Args:
         query: (B, T, N, H), as ``flash_attention`` takes it; the values do not matter.
@@ -115,7 +117,7 @@ def _problem(query: Any, key: Any, int8: bool, options: dict[str, Any]) -> Probl
 
 
 def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:
-    """Tiles of other lengths, of which a step can hold the scores of one key/value head."""
+    """Tiles of other lengths. A step can hold their scores of one key/value head."""
     most = 2 * score_bytes(machine()) // (4 * problem.groups)
     pairs = (
         BlockSizes(min(q, problem.T), min(kv, problem.S))
