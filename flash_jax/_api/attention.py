@@ -9,7 +9,8 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._checks.shapes import as_floats, check_bool, check_dropout, check_qkv
+from .._checks.numbers import check_bool, check_dropout
+from .._checks.shapes import as_floats, check_qkv
 from .._masks.base import Mask
 from .._passes.dropout import bind_key
 from .._passes.operands import Operands, Static
