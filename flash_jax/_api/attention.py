@@ -15,7 +15,8 @@ from .._masks.base import Mask
 from .._passes.dropout import bind_key
 from .._passes.operands import Operands, Static
 from .._passes.primitives import attention
-from .._tiles.layout import Layout, heads_first
+from .._tiles.layout import Layout
+from .._tiles.load import heads_first
 from .._tiles.symbolic import known
 from .options import Options, as_mask, bind_options, check_options
 

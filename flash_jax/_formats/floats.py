@@ -19,8 +19,8 @@ from .._machine.processor import machine
 from .._passes import online_softmax as online
 from .._passes.exp import exp
 from .._passes.operands import Operands, Static, kv_tile, q_tile
-from .._passes.scores import rounded
 from .._tiles.tile import QueryTile
+from .._tiles.xla import rounded
 
 
 class Products(NamedTuple):

@@ -20,10 +20,10 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.layout import put_tile, take_tile
+from .._tiles.load import put_tile, take_tile
 from .._tiles.tile import QueryTile
+from .._tiles.xla import dot
 from .forward import Results
-from .online_softmax import dot
 from .operands import (
     Differentiable,
     Dimensions,

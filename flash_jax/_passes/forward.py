@@ -16,8 +16,10 @@ from .._formats.few_rows import streaming_products
 from .._formats.floats import float_products
 from .._formats.int8 import int8_products
 from .._machine.tile_rule import FUSED_KEYS, few_rows
-from .._tiles.layout import Layout, put_tile
-from .._tiles.tile import QueryTile, in_every_element
+from .._tiles.layout import Layout
+from .._tiles.load import put_tile
+from .._tiles.tile import QueryTile
+from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .operands import (
     Dimensions,

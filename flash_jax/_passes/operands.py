@@ -20,7 +20,8 @@ from .._machine.processor import machine
 from .._machine.tile_rule import elements_per_step, heads_per_step
 from .._masks.schedule import visits
 from .._tiles.jax_versions import varying_axes
-from .._tiles.layout import Layout, take_tile
+from .._tiles.layout import Layout
+from .._tiles.load import take_tile
 from .._tiles.symbolic import as_int32, known, largest
 from .._tiles.tile import Axis, BlockSizes, QueryTile
 from .dropout import drop
