@@ -9,12 +9,14 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._checks.shapes import as_floats, check_bool, check_dropout, check_qkv
+from .._checks.numbers import check_bool, check_dropout
+from .._checks.shapes import as_floats, check_qkv
 from .._masks.base import Mask
 from .._passes.dropout import bind_key
 from .._passes.operands import Operands
 from .._passes.primitives import attention
-from .._tiles.layout import Layout, heads_first
+from .._tiles.layout import Layout
+from .._tiles.load import heads_first
 from .options import Options, as_mask, bind_options, check_options
 from .plan import plan_floats
 

@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.shapes import as_floats, check_probability_dtype, check_qkv
+from .._checks.numbers import check_probability_dtype
+from .._checks.shapes import as_floats, check_qkv
 from .._formats.int8 import summable
 from .._formats.quantized import QuantizedArray, check_quantized, dequantize
 from .._formats.smoothing import shift, to_floats, to_integers, to_operands

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 
-from .._checks.shapes import as_reals, positive_integer
+from .._checks.numbers import as_reals, positive_integer
 from .._machine.tile_rule import Problem
 from .._machine.tuned import best_blocks
 from .._tiles.tile import BlockSizes

@@ -13,16 +13,9 @@ from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.shapes import (
-    Sizes,
-    accumulator,
-    as_floats,
-    as_int8,
-    as_scale,
-    check_kernel,
-    check_probability_dtype,
-    check_rank,
-)
+from .._checks.bind import Sizes
+from .._checks.numbers import as_scale, check_probability_dtype
+from .._checks.shapes import accumulator, as_floats, as_int8, check_kernel, check_rank
 from .._formats.int8 import summable
 from .._formats.smoothing import unsigned, zero_products
 from .._formats.straight_through import straight_through

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from .._checks.shapes import check_bool
+from .._checks.numbers import check_bool
 from .dot_product_attention import dot_product_attention
 
 P = ParamSpec("P")

@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .._checks.shapes import check_bool, check_probability_dtype, check_window, positive_integer
+from .._checks.numbers import check_bool, check_probability_dtype, check_window, positive_integer
 from .._formats.quantized import QuantizedArray
 from .._machine.processor import machine
 from .._machine.tile_rule import Problem, fastest_blocks, score_bytes

@@ -17,8 +17,8 @@ from .._passes import online_softmax as online
 from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
-from .._passes.scores import rounded
 from .._tiles.tile import QueryTile
+from .._tiles.xla import rounded
 
 
 @dataclasses.dataclass(frozen=True)

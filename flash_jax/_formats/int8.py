@@ -40,8 +40,8 @@ from .._passes.exp import exp
 from .._passes.operands import Operands, key_columns, kv_tile, q_tile, query_rows
 from .._passes.plan import Plan
 from .._passes.products import Products
-from .._passes.scores import rounded
 from .._tiles.tile import BlockSizes, QueryTile
+from .._tiles.xla import apart, dot_u8_s8, rounded
 from .floats import weigh_bfloat16
 
 ZERO_POINT = 128  # of the queries
@@ -65,9 +65,7 @@ def _int8_products(
 ) -> Products:
     assert operands.quantization is not None
     q_scale, q_shift, k_scale, k_zero, v_scale = operands.quantization
-    q = q_tile(plan, tile, operands.q, np.dtype(np.uint8))
-    # A select that changes nothing: a transposition next to it would cost the product its speed.
-    q = jnp.where(q > 254, np.uint8(255), q)
+    q = apart(q_tile(plan, tile, operands.q, np.dtype(np.uint8)))
     q_scale = query_rows(tile, q_scale)[..., None]
     if q_shift is not None:
         q_shift = query_rows(tile, q_shift)[..., None]
@@ -108,21 +106,6 @@ def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:
     if head_dim > MOST_SUMMED:
         raise ValueError(f"{name} must have a head size of at most {MOST_SUMMED}; it is {head_dim}")
     return BlockSizes(blocks.q, min(blocks.kv, MOST_SUMMED))
-
-
-def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
-    """uint8 a (M, K) times int8 b, (N, K) or with K as the other ``axis``, in int32."""
-    if a.shape[0] == 1:
-        # XLA converts the operands of a product with a single row to int32 first.
-        return dot_u8_s8(jnp.concatenate([a, a]), b, axis)[:1]
-    # With the default precision JAX would convert both operands to int32.
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (axis,)), ((), ())),
-        precision=lax.DotAlgorithmPreset.DEFAULT,
-        preferred_element_type=np.int32,
-    )
 
 
 def _weigh_uint8(p: Array, v: Array) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._checks.shapes import Sizes, bind_scores
+from .._checks.bind import Sizes, bind_scores
 from .._tiles.tile import QueryTile
 from .base import Mask, mask_type
 

@@ -23,14 +23,8 @@ import jax
 from jax import Array, export
 from jax import numpy as jnp
 
-from .._checks.shapes import (
-    Sizes,
-    as_option,
-    bind_integers,
-    check_integers,
-    natural_number,
-    positive_integer,
-)
+from .._checks.bind import Sizes, bind_integers
+from .._checks.numbers import as_option, check_integers, natural_number, positive_integer
 from .._tiles.symbolic import pad_axes
 from .._tiles.tile import Axis, QueryTile
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks.shapes import window_side
+from .._checks.numbers import window_side
 from .._tiles.symbolic import as_int32
 from .._tiles.tile import QueryTile, Range
 from .base import Mask, mask_type

@@ -9,7 +9,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks.shapes import Sizes, bind_integers
+from .._checks.bind import Sizes, bind_integers
 from .._tiles.symbolic import as_int32, largest
 from .._tiles.tile import QueryTile
 from .base import Mask, mask_type

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from .._checks.shapes import as_block_sizes, positive_integer
+from .._checks.numbers import as_block_sizes, positive_integer
 from .._tiles.tile import BlockSizes
 from .base import Mask, first_tile
 from .schedule import FULL, PARTIAL, SKIPPED, status

@@ -20,10 +20,10 @@ from jax import Array
 from jax import numpy as jnp
 
 from .._tiles.tile import QueryTile
+from .._tiles.xla import dot
 from .forward import Results
 from .gradients import Gradients, gradient_shapes
 from .nonfinite import finite
-from .online_softmax import dot
 from .operands import Dimensions, Operands, kept_weights, kv_tile, q_tile, query_rows
 from .plan import Plan
 from .probabilities import probabilities

@@ -12,7 +12,7 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.layout import put_tile
+from .._tiles.load import put_tile
 from .._tiles.tile import QueryTile
 from . import online_softmax as online
 from .nonfinite import all_finite, finite, with_kept_nonfinite

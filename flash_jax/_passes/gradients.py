@@ -13,7 +13,7 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.layout import put_tile, take_tile
+from .._tiles.load import put_tile, take_tile
 from .._tiles.tile import QueryTile
 from .operands import Differentiable, Dimensions, Operands
 from .plan import Plan

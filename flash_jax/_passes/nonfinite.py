@@ -10,8 +10,8 @@ from __future__ import annotations
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.tile import QueryTile, in_every_element
-from .online_softmax import dot
+from .._tiles.tile import QueryTile
+from .._tiles.xla import dot, in_every_element
 from .operands import Operands, kv_tile
 from .plan import Plan
 from .walk import over_key_tiles

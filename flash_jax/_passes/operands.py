@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
-from .._tiles.layout import take_tile
+from .._tiles.load import take_tile
 from .._tiles.symbolic import largest
 from .._tiles.tile import QueryTile
 from .dropout import drop

@@ -13,11 +13,11 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.layout import put_tile
+from .._tiles.load import put_tile
 from .._tiles.tile import QueryTile
+from .._tiles.xla import dot
 from .forward import Results
 from .nonfinite import finite
-from .online_softmax import dot
 from .operands import (
     Differentiable,
     Dimensions,

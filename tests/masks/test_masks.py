@@ -22,7 +22,7 @@ from flash_jax import (
     block_schedule,
     flash_attention,
 )
-from flash_jax._checks.shapes import Sizes
+from flash_jax._checks.bind import Sizes
 from flash_jax._masks.arrays import ArrayMask
 from flash_jax._masks.base import CombinedMask
 
