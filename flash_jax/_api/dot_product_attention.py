@@ -31,27 +31,25 @@ def dot_product_attention(
     """``flash_attention`` behind the signature of ``jax.nn.dot_product_attention``.
 
     ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` works for code that calls it.
+    Arguments that are not named below are those of ``jax.nn.dot_product_attention``.
 
     Args:
-        query: (B, T, N, H) or (T, N, H), and so on: as ``jax.nn.dot_product_attention``.
-        key: as there.
-        value: as there; its head size may differ.
-        bias: as there, of 0 to 4 axes.
-        mask: as there, of 0 to 4 axes.
-        scale: as there.
-        is_causal: as there.
-        query_seq_lengths: as there: (B,), or (1,) for a call without batch.
-        key_value_seq_lengths: as there.
-        local_window_size: as there.
+        query: (B, T, N, H) or (T, N, H).
+        value: (B, S, K, Hv) or (S, K, Hv). Its head size may differ from that of key.
+        bias: broadcastable to (B, N, T, S), of 0 to 4 axes.
+        mask: bool, alike.
+        query_seq_lengths: int32 (B,), or (1,) for a call without batch.
+        key_value_seq_lengths: alike.
         implementation: None or "xla"; both run this library.
         return_residual: also return the log-sum-exp of the scores, (B, T, N) or (T, N), in key's
             dtype, without a gradient.
-        empty_rows: ours, not there: a row that may read no key is "zero", or the "mean" of value
-            over all S, as there. Padded keys count in the mean, NaN included.
+        empty_rows: what a row that may read no key is, an argument that ``jax.nn`` does not have:
+            "zero", or as in ``jax.nn`` the "mean" of value over all S. Padded keys count in the
+            mean, NaN included.
 
     Returns:
-        As there, but for a row that may read no key: it is as empty_rows says, and its residual is
-        -inf.
+        As ``jax.nn.dot_product_attention``, except in a row that may read no key: there the output
+        is what empty_rows says, and the residual is -inf.
 
     Raises:
         ValueError, TypeError: as ``flash_attention``.

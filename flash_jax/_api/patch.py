@@ -24,27 +24,27 @@ _active: list[Patch] = []  # of all threads
 def patch_jax_nn(*, any_implementation: bool = False, **options: Any) -> Patch:
     """Within it, ``jax.nn.dot_product_attention`` calls ``flash_jax.dot_product_attention``.
 
-    A context manager, and a decorator of functions. What was there before comes back at the end,
-    after exceptions too. It reaches code that looks the name up in ``jax.nn`` when it is called or
-    traced: ``nnx.MultiHeadAttention`` without dropout, for example. It does not reach names from
-    ``from jax.nn import dot_product_attention``; and functions under ``jax.jit`` keep, within it
-    and after it, what they were traced with, until ``jax.clear_caches()``. The name is that of the
-    whole process, all threads.
+    It is a context manager, and a decorator of functions. At the end the function of before comes
+    back, after exceptions too. The patch reaches code that looks the name up in ``jax.nn`` when it
+    is called or traced: ``nnx.MultiHeadAttention`` without dropout, for example. It does not reach
+    code that did ``from jax.nn import dot_product_attention``. Functions under ``jax.jit`` keep
+    what they were traced with, within it and after it, until ``jax.clear_caches()``. The patch
+    holds for the whole process, in all threads.
 
     Args:
-        any_implementation: do not look at the argument ``implementation`` of calls, of which
-            "cudnn" raises otherwise.
+        any_implementation: pass over the argument ``implementation`` of calls. Where this is False,
+            "cudnn" raises.
         options: keywords of ``flash_jax.dot_product_attention`` for the calls that leave them out.
 
     Returns:
-        What ``with`` gives a name to. Its ``calls`` says how often the function was called within:
-        by functions under ``jax.jit`` once per trace.
+        The patch, which ``with`` can give a name to. Its ``calls`` says how often the function was
+        called within; a function under ``jax.jit`` calls it once per trace.
 
     Raises:
         TypeError: any_implementation is no bool, or the function has no such option.
 
     Warns:
-        UserWarning: it ends without a call and without an exception, so that it did nothing.
+        UserWarning: it ends without an exception and without a call, so it did nothing.
 
     Example:
         >>> import jax.numpy as jnp

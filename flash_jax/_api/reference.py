@@ -1,4 +1,4 @@
-"""Attention as its formula reads: what correct means, at the price of every score at once."""
+"""Attention as its formula reads. It defines what is correct, and holds every score at once."""
 
 from __future__ import annotations
 
