@@ -22,8 +22,8 @@ try:
     import keras
 except ImportError as error:
     raise ImportError(
-        "flash_jax.keras needs Keras on JAX: pip install -e '.[keras]', and KERAS_BACKEND=jax in the "
-        "environment"
+        "flash_jax.keras needs Keras on JAX: pip install -e '.[keras]' and the environment variable "
+        "KERAS_BACKEND=jax"
     ) from error
 
 Model = TypeVar("Model", bound=keras.Layer)

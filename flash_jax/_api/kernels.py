@@ -118,8 +118,8 @@ def flash_attention_forward_i8(
         k: (S, H) int8.
         v: (S, Hv) int8.
         q_scale: >= 0 and finite, a number or a traced scalar. ``quantize`` finds it.
-        k_scale: alike.
-        v_scale: alike.
+        k_scale: alike, of k.
+        v_scale: alike, of v.
         probability_dtype: as ``flash_attention_int8``.
 
     Returns:
@@ -170,10 +170,7 @@ def flash_mha_i8(
         q: (N, T, H) int8, which stands for ``q * q_scale``; H is ``config.head_dim``.
         k: (K, S, H) int8. Query head n reads key/value head ``n // (N // K)``.
         v: (K, S, Hv) int8.
-        q_scale: as ``flash_attention_forward_i8``, and so on.
-        k_scale: as there.
-        v_scale: as there.
-        probability_dtype: as there.
+        q_scale, k_scale, v_scale, probability_dtype: as ``flash_attention_forward_i8``.
 
     Returns:
         (N, T, Hv) float32, as ``flash_attention_forward_i8``.
