@@ -1,4 +1,4 @@
-"""Sphinx: the README, the API reference from the docstrings, and the notebooks as they ran.
+"""Sphinx: the README and the pages, the API reference from the docstrings, and the notebooks.
 
 python notebooks/run.py --save docs/notebooks && python -m sphinx -W docs build/docs
 """
@@ -17,6 +17,7 @@ html_title = f"flash_jax {release}"
 html_theme_options = {"navbar_persistent": []}  # its search is in the sidebar, too
 
 myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # links to headings, as GitHub has them
 nb_execution_mode = "off"  # notebooks/run.py has run them
 nb_merge_streams = True
 autodoc_member_order = "bysource"

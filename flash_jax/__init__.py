@@ -19,15 +19,14 @@ from ._formats.quantized import dequantize as dequantize
 from ._formats.quantized import quantize as quantize
 from ._frameworks.flax import linen_attention_fn as linen_attention_fn
 from ._frameworks.flax import nnx_attention_fn as nnx_attention_fn
+from ._masks.base import Mask as Mask
 from ._masks.positions import CausalMask as CausalMask
 from ._masks.positions import LengthMask as LengthMask
-from ._masks.positions import Mask as Mask
 from ._masks.positions import PredicateMask as PredicateMask
 from ._masks.positions import PrefixMask as PrefixMask
-from ._masks.positions import SegmentMask as SegmentMask
 from ._masks.positions import WindowMask as WindowMask
-from ._masks.schedule import BlockSchedule as BlockSchedule
-from ._masks.schedule import block_schedule as block_schedule
+from ._masks.segments import SegmentMask as SegmentMask
+from ._masks.view import BlockSchedule as BlockSchedule
+from ._masks.view import block_schedule as block_schedule
 from ._tiles.tile import BlockSizes as BlockSizes
-
-__version__ = "0.1.0"
+from ._version import __version__ as __version__

@@ -1,4 +1,4 @@
-"""``python -m flash_jax``."""
+"""The entry of ``python -m flash_jax`` and of the command ``flash-jax``."""
 
 import sys
 

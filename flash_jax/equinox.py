@@ -10,7 +10,7 @@ import jax
 from jax import Array
 
 from ._frameworks.layers import attend
-from ._masks.positions import Mask
+from ._masks.base import Mask
 
 try:
     import equinox as eqx
@@ -25,7 +25,7 @@ Model = TypeVar("Model")
 class MultiheadAttention(eqx.nn.MultiheadAttention):
     """``eqx.nn.MultiheadAttention`` with the same constructor, fields and leaves.
 
-    Files of ``eqx.tree_serialise_leaves`` load as they are; ``from_equinox`` takes over a layer.
+    It loads files of ``eqx.tree_serialise_leaves`` as they are. ``from_equinox`` converts a layer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,7 +56,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             mask: (T, S) or (num_heads, T, S), False masks; or a ``flash_jax.Mask``, which takes
                 no memory of T x S.
             key: a PRNG key for dropout. Other probabilities are dropped than Equinox drops.
-            inference: no dropout; default: as ``self.dropout.inference`` says.
+            inference: True means no dropout; default: ``self.dropout.inference``.
             deterministic: the former name of inference.
             process_heads: maps the heads of query (T, num_heads, qk_size), key (S, num_heads,
                 qk_size) and value (S, num_heads, vo_size) to others of these shapes.
@@ -95,14 +95,14 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
 
 
 def from_equinox(model: Model) -> Model:
-    """The model with every ``eqx.nn.MultiheadAttention`` in it as one of this module.
+    """Replaces every ``eqx.nn.MultiheadAttention`` in a model by one of this module.
 
     Args:
-        model: a layer, or any pytree with layers in it. Their arrays are shared, not copied.
+        model: a layer, or any pytree with layers in it. The new layers share the arrays of the old.
             Layers of subclasses stay what they are, those of this module among them.
 
     Raises:
-        ValueError: there is none, so that the model would come back as it was.
+        ValueError: the model has none, and would come back unchanged.
 
     Example:
         >>> import jax, jax.numpy as jnp

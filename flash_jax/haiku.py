@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax import Array
 
 from ._frameworks.layers import attend
-from ._masks.positions import Mask
+from ._masks.base import Mask
 
 try:
     import haiku as hk
@@ -40,7 +40,7 @@ class MultiHeadAttention(hk.MultiHeadAttention):
             key: (..., S, Dk).
             value: (..., S, Dv).
             mask: of any dtype, broadcastable to (..., num_heads, T, S), 0 masks; or a
-                ``flash_jax.Mask``, with the batch axes as one, which takes no memory of T x S.
+                ``flash_jax.Mask``, which sees the batch axes as one and takes no memory of T x S.
 
         Returns:
             (..., T, model_size). A row that may read no key is zero before the output

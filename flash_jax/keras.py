@@ -1,8 +1,8 @@
 """Attention layers of Keras, in linear memory; needs the extra ``keras``.
 
-Keras's layers project, attend and project again. What is replaced is the step in the middle, in
-layers that exist: weights, names, configs and files stay what they are. A subclass would not do:
-Keras makes an array (1, T, S) of ``use_causal_mask=True`` for any class but its own.
+Keras's layers project, attend and project again. This module replaces the step in the middle, in
+layers that exist already. Weights, names, configs and files stay what they are. A subclass would
+not do: Keras turns ``use_causal_mask=True`` into an array (1, T, S) for any class but its own.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ _COMPILED = ("train_function", "test_function", "predict_function", "generate_fu
 def use_flash_attention(model: Model, *, empty_rows: Literal["zero", "mean"] = "zero") -> Model:
     """Makes the attention layers of a Keras model run this library; returns the same model.
 
-    These are the layers in it
+    It changes two kinds of layers in the model:
 
-    - of ``keras.layers.MultiHeadAttention`` and ``keras.layers.GroupQueryAttention``, and of
-      subclasses that attend as these do, such as KerasHub's ``CachedMultiHeadAttention``;
-    - of other classes whose ``_compute_attention`` calls ``keras.ops.dot_product_attention``, as
-      those of KerasHub's Llama, Mistral, Qwen and Gemma do.
+    - ``keras.layers.MultiHeadAttention`` and ``keras.layers.GroupQueryAttention``, and subclasses
+      that attend as these do, such as KerasHub's ``CachedMultiHeadAttention``;
+    - layers of other classes whose ``_compute_attention`` calls
+      ``keras.ops.dot_product_attention``, such as those of KerasHub's Llama, Mistral, Qwen and
+      Gemma.
 
-    In the former ``use_causal_mask``, ``sliding_window`` and Keras's masks of padding take no
-    memory of T x S; an ``attention_mask`` is the array that it is. Dropout, by the seed generator
-    of the layer, drops other probabilities than Keras does, at the same rate. A call with
-    ``return_attention_scores=True``, or over other axes than the one of positions, keeps Keras's
-    attention and warns; so do the latter where they do without the function, Gemma's where it has
-    dropout for example.
+    In the first kind ``use_causal_mask``, ``sliding_window`` and Keras's masks of padding take no
+    memory of T x S; an ``attention_mask`` is an array of that size itself. Dropout uses the seed
+    generator of the layer. It drops other probabilities than Keras does, at the same rate. A call
+    with ``return_attention_scores=True``, or over other axes than the one of positions, keeps
+    Keras's attention and warns. The second kind does so where it does not call that function:
+    Gemma's layers with dropout, for example.
 
-    ``fit``, ``evaluate``, ``predict`` and ``generate`` are compiled anew, of models in the model
-    too. Functions under your own ``jax.jit``, and models around this one, keep what they were
-    traced with: ``compile`` those again. What is saved is a model of Keras's own: call this again
-    after loading.
+    ``fit``, ``evaluate``, ``predict`` and ``generate`` are compiled anew, also those of models in
+    the model. Functions under your own ``jax.jit``, and models around this one, keep what they were
+    traced with: ``compile`` those models again. A saved model is Keras's own: call this function
+    again after loading.
 
     Args:
         model: a model or a layer, built: its attention layers must be there.
-        empty_rows: what a row that may read no key, as of padded queries, is before the output
-            projection: "zero", or the "mean" of value over all S. Keras has the mean in layers
-            without dropout, zero in those with it.
+        empty_rows: a row that may read no key, such as a padded query, is "zero" before the output
+            projection, or the "mean" of value over all S. Keras has the mean in layers without
+            dropout, and zero in those with it.
 
     Raises:
-        ValueError: the model has no such layer, or empty_rows is another word.
+        ValueError: the model has no such layer, or empty_rows is neither of the two.
         RuntimeError: Keras has another backend than JAX.
 
     Example:
@@ -118,7 +119,7 @@ def _replace(layer: Any, empty_rows: Literal["zero", "mean"]) -> bool:
     if "dot_product_attention" not in getattr(getattr(core, "__code__", None), "co_names", ()):
         return False
     layer._compute_attention = functools.partial(_with_our_op, layer, empty_rows)
-    if hasattr(layer, "_use_fused_attention_op"):  # it would say no to CPUs
+    if hasattr(layer, "_use_fused_attention_op"):  # Keras's own says no on CPUs
         layer._use_fused_attention_op = functools.partial(_has_no_dropout, layer)
     return True
 
@@ -136,7 +137,7 @@ def _has_no_dropout(layer: Any) -> bool:
 
 
 def _forget_compiled(model: Any) -> None:
-    """Lets Keras make the functions that it has traced anew."""
+    """Makes Keras trace its compiled functions anew."""
     for layer in model._flatten_layers():
         for name in _COMPILED:
             if getattr(layer, name, None) is not None:
@@ -144,7 +145,7 @@ def _forget_compiled(model: Any) -> None:
 
 
 class _MaskParts(NamedTuple):
-    """What Keras makes one array (B, T, S) of."""
+    """The masks that Keras would combine into one array (B, T, S)."""
 
     query_mask: Any = None  # (B, T)
     value_mask: Any = None  # (B, S)
@@ -154,7 +155,7 @@ class _MaskParts(NamedTuple):
 
 
 def _compute_attention_mask(query: Array, value: Array, **parts: Any) -> _MaskParts:
-    """In place of Keras's: ``call`` hands the result on to ``_compute_attention``."""
+    """Replaces Keras's method; ``call`` hands the result to ``_compute_attention``."""
     return _MaskParts(**parts)
 
 
@@ -169,7 +170,7 @@ def _compute_attention(
     return_attention_scores: bool = False,
     use_causal_mask: bool = False,
 ) -> tuple[Array, Array | None]:
-    """In place of Keras's: query (B, T, N, H), key (B, S, N, H) and value (B, S, N, Hv)."""
+    """Replaces Keras's method: query (B, T, N, H), key (B, S, N, H) and value (B, S, N, Hv)."""
     grouped = isinstance(layer, keras.layers.GroupQueryAttention)
     scores = layer._return_attention_scores if grouped else return_attention_scores
     kept = "return_attention_scores=True" if scores else _other_axes(layer, query)
@@ -185,7 +186,7 @@ def _compute_attention(
         return core(layer, query, key, value, attention_mask, **options)
 
     options: dict[str, Any] = {"is_causal": use_causal_mask}
-    if grouped and _from_keras(layer, "call"):  # it has repeated them, which XLA then leaves out
+    if grouped and _from_keras(layer, "call"):  # repeated; XLA drops repeats nobody reads
         key, value = key[:, :, :: layer.num_repeats], value[:, :, :: layer.num_repeats]
     if isinstance(attention_mask, _MaskParts):
         options = _mask_options(attention_mask, query.shape[1], key.shape[1])
@@ -215,7 +216,7 @@ def _other_axes(layer: Any, query: Array) -> str | None:
 
 
 def _mask_options(parts: _MaskParts, T: int, S: int) -> dict[str, Any]:
-    """All of parts but the array; queries and keys that are no padding make up segment 0."""
+    """Options for all parts but the array. Queries and keys that are no padding form segment 0."""
     options: dict[str, Any] = {"is_causal": bool(parts.use_causal_mask)}
     queries, keys = _both(parts.query_mask, None), _both(parts.value_mask, parts.key_mask)
     if queries is not None or keys is not None:
@@ -231,7 +232,7 @@ def _both(a: Any, b: Any) -> Array | None:
 
 
 def _with_our_op(layer: Any, empty_rows: Literal["zero", "mean"], *args: Any, **kwargs: Any) -> Any:
-    """The layer's own method, with another ``keras.ops.dot_product_attention`` while it runs."""
+    """Runs the layer's own method, with ``keras.ops.dot_product_attention`` replaced meanwhile."""
     theirs, calls = keras.ops.dot_product_attention, []
 
     def dot_product_attention(

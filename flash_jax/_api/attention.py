@@ -9,14 +9,16 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike
 
-from .._checks.shapes import as_floats, check_bool, check_dropout, check_qkv
-from .._masks.positions import Mask
-from .._passes.operands import Operands, Static
+from .._checks.numbers import check_bool, check_dropout
+from .._checks.shapes import as_floats, check_qkv
+from .._masks.base import Mask
+from .._passes.operands import Operands
 from .._passes.primitives import attention
-from .._tiles.layout import Layout, heads_first
-from .._tiles.symbolic import known
+from .._tiles.layout import Layout
+from .._tiles.load import heads_first
 from .batch_axis import with_batch_axis
 from .options import Arrays, Options, bind_options, check_options
+from .plan import plan_floats
 from .signature import same_arguments
 
 
@@ -85,8 +87,8 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
 
     A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
-    together. In a call without the axis B no array has it: lengths and offsets are scalars.
-    Options that are arrays may be lists.
+    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
+    are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
@@ -159,19 +161,10 @@ def attention_of_floats(
 def _attend(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options
 ) -> tuple[Array, Array]:
-    bound = bind_options(arrays, options, query, key)
-    kv_layout = Layout.HEADS_LAST
-    if not known(query.shape[1]) or bound.blocks.q < query.shape[1]:  # they are read repeatedly
-        kv_layout = Layout.HEADS_FIRST
+    bound, layout = bind_options(arrays, options, query, key), Layout.HEADS_LAST
+    dropout = options.dropout_rate, options.broadcast_dropout
+    plan = plan_floats(query, key, bound.blocks, layout, *dropout)
+    if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)
     operands = Operands(query, key, value, bound.scores, bound.sinks, bound.dropout_key)
-    static = Static(
-        bound.blocks,
-        Layout.HEADS_LAST,
-        query.shape[0],
-        query.dtype,
-        kv_layout,
-        options.dropout_rate,
-        options.broadcast_dropout,
-    )
-    return attention(operands, static)
+    return attention(operands, plan)

@@ -1,4 +1,4 @@
-"""What one head's attention is computed with: tile sizes, head size, mask and scale."""
+"""The configuration of the kernels: tile sizes, head size, mask and scale."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 
-from .._checks.shapes import as_reals, positive_integer
+from .._checks.numbers import as_reals, positive_integer
 from .._machine.tile_rule import Problem
 from .._machine.tuned import best_blocks
 from .._tiles.tile import BlockSizes
@@ -97,10 +97,10 @@ class FlashAttentionConfig:
     ) -> FlashAttentionConfig:
         """The tiles that are fastest on this machine for T = seq_len_q and S = seq_len_kv.
 
-        They are what ``tune`` found, or else follow from the number of cores and the size of their
-        L2 caches, which is taken to be 1 MiB where it can't be read. ``python -m flash_jax info``
-        shows what was found. With ``int8`` they are tiles for the int8 kernels, whose uint8
-        probabilities are finer in shorter tiles of keys.
+        ``int8`` asks for the tiles of the int8 kernels: shorter tiles of keys make uint8
+        probabilities finer. The tiles are those that ``tune`` found. Otherwise they follow from the
+        number of cores and the size of their L2 caches, which is taken to be 1 MiB where it can't
+        be read. ``python -m flash_jax info`` shows what was found.
 
         Example:
             >>> config = FlashAttentionConfig.auto(64, seq_len_q=1000, seq_len_kv=1000, causal=True)

@@ -30,8 +30,8 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     """``flash_attention`` behind the signature of ``jax.nn.dot_product_attention``.
 
-    ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` works for code that calls it.
-    Arguments that are not named below are those of ``jax.nn.dot_product_attention``.
+    After ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` code that calls JAX's
+    function runs this one. Arguments that are not named below are those of ``jax.nn``.
 
     Args:
         query: (B, T, N, H) or (T, N, H).
@@ -43,13 +43,12 @@ def dot_product_attention(
         implementation: None or "xla"; both run this library.
         return_residual: also return the log-sum-exp of the scores, (B, T, N) or (T, N), in key's
             dtype, without a gradient.
-        empty_rows: what a row that may read no key is, an argument that ``jax.nn`` does not have:
-            "zero", or as in ``jax.nn`` the "mean" of value over all S. Padded keys count in the
-            mean, NaN included.
+        empty_rows: not in ``jax.nn``. A row that may read no key is "zero", or the "mean" of value
+            over all S, as in ``jax.nn``. Padded keys count in the mean, NaN included.
 
     Returns:
-        As ``jax.nn.dot_product_attention``, except in a row that may read no key: there the output
-        is what empty_rows says, and the residual is -inf.
+        As ``jax.nn``, except for a row that may read no key: empty_rows says what it is, and its
+        residual is -inf.
 
     Raises:
         ValueError, TypeError: as ``flash_attention``.

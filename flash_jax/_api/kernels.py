@@ -1,6 +1,6 @@
 """The kernels: attention of one head and of many, heads first, with their tiles in a config.
 
-Each is there for floats, and for int8 with one scale per array.
+Each takes floats, or int8 with one scale per array.
 """
 
 from __future__ import annotations
@@ -13,25 +13,19 @@ from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.shapes import (
-    Sizes,
-    accumulator,
-    as_floats,
-    as_int8,
-    as_scale,
-    check_kernel,
-    check_probability_dtype,
-    check_rank,
-)
+from .._checks.bind import Sizes
+from .._checks.numbers import as_scale, check_probability_dtype
+from .._checks.shapes import accumulator, as_floats, as_int8, check_kernel, check_rank
 from .._formats.int8 import summable
 from .._formats.smoothing import unsigned, zero_products
 from .._formats.straight_through import straight_through
 from .._masks.positions import CausalMask
-from .._passes.operands import Operands, Quantization, Static
+from .._passes.operands import Operands, Quantization
 from .._passes.primitives import attention
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
 from .config import FlashAttentionConfig
+from .plan import plan_floats, plan_int8
 
 
 def flash_attention_forward(
@@ -129,7 +123,7 @@ def flash_attention_forward_i8(
         probability_dtype: as ``flash_attention_int8``.
 
     Returns:
-        (T, Hv) float32. Scores are summed in int32, and with uint8 probabilities values are, too. A
+        (T, Hv) float32. Scores are summed in int32, and so are values with uint8 probabilities. A
         row that may read no key is zero. The derivatives in the scales are those of
         ``flash_attention_forward``.
 
@@ -208,7 +202,8 @@ def _check_config(config: FlashAttentionConfig) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
-    out, _ = attention(operands, Static(config.block_sizes, Layout.HEADS_FIRST, 1, q.dtype))
+    plan = plan_floats(operands.q, operands.k, config.block_sizes, Layout.HEADS_FIRST)
+    out, _ = attention(operands, plan)
     return out[0]
 
 
@@ -250,8 +245,8 @@ def _in_integers(
     operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
     blocks = summable("q", q.shape[-1], config.block_sizes)
     dtype = np.dtype(np.float32)
-    static = Static(blocks, Layout.HEADS_FIRST, 1, dtype, probabilities=probabilities)
-    return attention(operands, static)[0][0]
+    plan = plan_int8(1, k.shape[1], blocks, Layout.HEADS_FIRST, dtype, probabilities)
+    return attention(operands, plan)[0][0]
 
 
 def _at_integers(

@@ -14,22 +14,22 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._checks.shapes import (
-    Sizes,
-    accumulator,
+from .._checks.bind import Sizes, bind_integers, bind_reals, bind_scores
+from .._checks.numbers import (
     as_block_sizes,
     as_option,
     as_reals,
-    bind_integers,
-    bind_reals,
-    bind_scores,
     check_bool,
     check_integers,
     check_window,
 )
+from .._checks.shapes import accumulator
 from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
 from .._machine.tuned import best_blocks, tuned
-from .._masks.positions import ArrayMask, CausalMask, LengthMask, Mask, WindowMask, segments
+from .._masks.arrays import ArrayMask
+from .._masks.base import Mask
+from .._masks.positions import CausalMask, LengthMask, WindowMask
+from .._masks.segments import segments
 from .._passes.dropout import bind_key
 from .._passes.scores import Scores
 from .._tiles.symbolic import known

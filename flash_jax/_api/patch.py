@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from .._checks.shapes import check_bool
+from .._checks.numbers import check_bool
 from .dot_product_attention import dot_product_attention
 
 P = ParamSpec("P")
@@ -22,29 +22,30 @@ _active: list[Patch] = []  # of all threads
 
 
 def patch_jax_nn(*, any_implementation: bool = False, **options: Any) -> Patch:
-    """Within it, ``jax.nn.dot_product_attention`` calls ``flash_jax.dot_product_attention``.
+    """Puts ``flash_jax.dot_product_attention`` in the place of JAX's for a while.
 
-    It is a context manager, and a decorator of functions. At the end the function of before comes
-    back, after exceptions too. The patch reaches code that looks the name up in ``jax.nn`` when it
-    is called or traced: ``nnx.MultiHeadAttention`` without dropout, for example. It does not reach
-    code that did ``from jax.nn import dot_product_attention``. Functions under ``jax.jit`` keep
-    what they were traced with, within it and after it, until ``jax.clear_caches()``. The patch
-    holds for the whole process, in all threads.
+    The patch is a context manager, and a decorator of functions. At its end
+    ``jax.nn.dot_product_attention`` is what it was before, after exceptions, too. The patch reaches
+    code that looks the name up in ``jax.nn`` when it is called or traced:
+    ``nnx.MultiHeadAttention`` without dropout, for example. It does not reach names from
+    ``from jax.nn import dot_product_attention``. Functions under ``jax.jit`` keep what they were
+    traced with, within the patch and after it, until ``jax.clear_caches()``. The patch holds for
+    all threads of the process.
 
     Args:
-        any_implementation: pass over the argument ``implementation`` of calls. Where this is False,
-            "cudnn" raises.
-        options: keywords of ``flash_jax.dot_product_attention`` for the calls that leave them out.
+        any_implementation: ignore the argument ``implementation`` of calls; otherwise "cudnn"
+            raises.
+        options: keywords of ``flash_jax.dot_product_attention``, for calls that leave them out.
 
     Returns:
-        The patch, which ``with`` can give a name to. Its ``calls`` says how often the function was
-        called within; a function under ``jax.jit`` calls it once per trace.
+        The patch. Its ``calls`` counts the calls within it: a function under ``jax.jit`` calls once
+        per trace.
 
     Raises:
         TypeError: any_implementation is no bool, or the function has no such option.
 
     Warns:
-        UserWarning: it ends without an exception and without a call, so it did nothing.
+        UserWarning: the patch ends without a call and without an exception: it did nothing.
 
     Example:
         >>> import jax.numpy as jnp

@@ -8,7 +8,9 @@ from jax import Array, nn
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks.shapes import Sizes, accumulator, as_floats, as_reals, bind_reals, check_qkv
+from .._checks.bind import Sizes, bind_reals
+from .._checks.numbers import as_reals
+from .._checks.shapes import accumulator, as_floats, check_qkv
 
 
 def reference_attention(

@@ -12,10 +12,12 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .._checks.shapes import Sizes, check_bool, check_probability_dtype, positive_integer
+from .._checks.bind import Sizes
+from .._checks.numbers import check_bool, check_probability_dtype, positive_integer
 from .._formats.quantized import QuantizedArray
 from .._machine.processor import machine
 from .._machine.tile_rule import Problem, fastest_blocks, score_bytes
+from .._machine.timing import alternate
 from .._machine.tuned import store
 from .._tiles.tile import BlockSizes
 from .attention import flash_attention
@@ -38,15 +40,16 @@ def tune(
 ) -> BlockSizes:
     """Measures tile sizes on this machine, and keeps the fastest for later calls.
 
-    From then on ``flash_attention`` or ``flash_attention_int8`` uses them, in other processes too,
-    in calls that agree in T, S, H, N // K, dtype, ``local_window_size``, and in whether they have a
-    mask of any kind. ``FlashAttentionConfig.auto`` uses them where K = N. Functions that ``jit``
-    has compiled before keep the tiles they have. A ``block_sizes`` given in a call always wins.
+    From then on ``flash_attention`` or ``flash_attention_int8`` uses them, in other processes, too,
+    and so does ``FlashAttentionConfig.auto`` where K = N. The choice holds for calls that agree in
+    T, S, H, N // K, dtype, ``local_window_size``, and in whether they have a mask of any kind.
+    Functions that ``jit`` compiled before keep their tiles. A ``block_sizes`` given in a call
+    always wins.
 
-    The tiles are kept in the folder ``flash_jax`` of the user's caches (``XDG_CACHE_HOME``), for
+    The choice is kept in the folder ``flash_jax`` of the user's caches (``XDG_CACHE_HOME``), for
     this version of flash_jax and jaxlib and this processor. ``python -m flash_jax info`` tells
-    where. Progress is written to the standard error stream. A call takes some seconds, most of it
-    for compilation.
+    where. Progress goes to the standard error stream. A call takes some seconds, most of it for
+    compilation.
 
     Args:
         query: (B, T, N, H), as ``flash_attention`` takes it; the values do not matter.
@@ -110,7 +113,7 @@ def _problem(query: Any, key: Any, int8: bool, given: dict[str, Any]) -> Problem
 
 
 def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:
-    """Tiles of other lengths, of which a step can hold the scores of one key/value head."""
+    """Tiles of other lengths. A step can hold their scores of one key/value head."""
     most = 2 * score_bytes(machine()) // (4 * problem.groups)
     pairs = (
         BlockSizes(min(q, problem.T), min(kv, problem.S))
@@ -122,7 +125,6 @@ def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:
 
 def _measure(call: Any, candidates: list[BlockSizes], rounds: int) -> dict[BlockSizes, np.ndarray]:
     """Seconds of every candidate in alternating rounds."""
-    from .._cli.bench.measure import alternate  # not needed before
 
     def run(blocks: BlockSizes) -> Array:
         return jax.block_until_ready(call(block_sizes=blocks))

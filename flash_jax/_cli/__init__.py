@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: the demonstration, facts about the machine, and the benchmark."""

@@ -1,206 +1,77 @@
-"""The command line: ``python -m flash_jax``."""
+"""Arguments, subcommands and the main function of ``python -m flash_jax``."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import shutil
 import sys
-import time
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .. import __version__
 from .._tiles.tile import BlockSizes
-from . import demo as _demo
-from . import info as _info
+from .._version import __version__
+from . import demo, demo_view, info
+from .bench import report
+from .bench.cases import CASES, LENGTHS, of_length
+from .bench.measure import compare_alone
+from .inputs import InputError, check_plot, check_writable
+from .screen import Screen, open_screen
 
 _PROG = "python -m flash_jax"
 _EXCERPT_LINES = 8
 _EXCERPT_COLUMNS = 100
 
 
-class Screen(Protocol):
-    """Where results and progress go."""
-
-    def step(self, name: str) -> AbstractContextManager[Any]:
-        """Shows, inside the ``with``, that this step is running."""
-        ...
-
-    def line(self, text: str = "") -> None:
-        """One line of text."""
-        ...
-
-    def table(
-        self, title: str, rows: Iterable[Sequence[str]], header: Sequence[str] | None = None
-    ) -> None:
-        """Rows of cells under a title."""
-        ...
-
-    def excerpt(self, title: str, lines: Iterable[Sequence[_demo.Character]]) -> None:
-        """Text, with what was predicted right made visible."""
-        ...
-
-
-class PlainScreen:
-    """Plain text; progress only on a terminal."""
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        if not sys.stdout.isatty():
-            yield
-            return
-        print(f"{name} ...", end="", flush=True)
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            print()
-            raise
-        print(f" {time.perf_counter() - start:.1f} s")
-
-    def line(self, text: str = "") -> None:
-        print(text)
-
-    def table(
-        self, title: str, rows: Iterable[Sequence[str]], header: Sequence[str] | None = None
-    ) -> None:
-        rows = [*([header] if header else []), *rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print(f"{title}\n")
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            print("  ".join(cells).rstrip())
-
-    def excerpt(self, title: str, lines: Iterable[Sequence[_demo.Character]]) -> None:
-        print(f"{title} (^ predicted right)\n")
-        for line in lines:
-            print("".join(character.text for character in line).rstrip())
-            marks = ("^ "[not character.right] * character.cells for character in line)
-            print("".join(marks).rstrip())
-
-
-class RichScreen:
-    """Colours and a spinner with the elapsed time."""
-
-    def __init__(self, console: Any) -> None:
-        self.console = console
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            progress.add_task(name, total=None)
-            yield
-
-    def line(self, text: str = "") -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def table(
-        self, title: str, rows: Iterable[Sequence[str]], header: Sequence[str] | None = None
-    ) -> None:
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        rows = list(rows)
-        table = Table(
-            title=Text(title, style="bold"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD if header else box.SIMPLE,
-            show_header=header is not None,
-        )
-        for i, name in enumerate(header or rows[0]):
-            table.add_column(Text(name), style="cyan" if i == 0 else None)
-        for row in rows:
-            # As Text, since a cell such as a file's name may look like markup.
-            table.add_row(*map(Text, row))
-        self.console.print(table)
-
-    def excerpt(self, title: str, lines: Iterable[Sequence[_demo.Character]]) -> None:
-        from rich.text import Text
-
-        styles = {True: "bold green", False: "dim red"}
-        heading = Text.assemble(
-            (title, "bold"), " (", ("right", styles[True]), ", ", ("wrong", styles[False]), ")\n"
-        )
-        self.console.print(heading)
-        for line in lines:
-            text = Text()
-            for right, characters in itertools.groupby(line, lambda character: character.right):
-                text.append("".join(character.text for character in characters), styles[right])
-            self.console.print(text, soft_wrap=True)
-
-
-def open_screen() -> Screen:
-    """rich where it is installed and its colours can be seen, else plain text."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        return PlainScreen()
-    console = Console()
-    if console.is_terminal and console.color_system and not console.no_color:
-        return RichScreen(console)
-    return PlainScreen()
-
-
-def demo(args: argparse.Namespace, screen: Screen) -> None:
-    """Predicts a text's bytes and shows how well and how fast."""
+def run_demo(args: argparse.Namespace, screen: Screen) -> None:
+    """Predicts the bytes of a text, and shows how well and how fast."""
     if args.plot is not None:
-        _demo.check_plot(args.plot)
+        check_plot(args.plot)
     with screen.step("reading"):
-        data = _demo.read_text(args.file, args.max_bytes)
+        data = demo.read_text(args.file, args.max_bytes)
     products = ("float32", "int8") if args.int8 else ("float32",)
-    results = _demo.measure(data, args.seed, args.block_size, screen.step, products)
+    results = demo.measure(data, args.seed, args.block_size, screen.step, products)
     name, result = Path(args.file).name, results[0]
     if args.plot is not None:
         with screen.step("plotting"):
-            _demo.save_plot(result, args.plot, name)
+            demo_view.save_plot(result, args.plot, name)
     header = ("", *products) if args.int8 else None
     title = f"Next-byte prediction by attention alone: {name}"
-    screen.table(title, _demo.report(results), header)
+    screen.table(title, demo_view.report(results), header)
     columns = min(_EXCERPT_COLUMNS, shutil.get_terminal_size().columns)
     screen.line()
-    lines = _demo.last_lines(data, result.right, _EXCERPT_LINES, columns)
+    lines = demo_view.last_lines(data, result.right, _EXCERPT_LINES, columns)
     screen.excerpt("The last lines read", lines)
     if args.plot is not None:
         screen.line()
         screen.line(f"accuracy by position: {args.plot}")
 
 
-def info(args: argparse.Namespace, screen: Screen) -> None:
+def run_info(args: argparse.Namespace, screen: Screen) -> None:
     """Shows versions, the processor and the tiles chosen for it."""
-    screen.table("Versions", _info.versions())
+    screen.table("Versions", info.versions())
     screen.line()
-    screen.table("Processor", _info.hardware())
+    screen.table("Processor", info.hardware())
     screen.line()
-    screen.line(_info.VECTOR_HINT)
+    screen.line(info.VECTOR_HINT)
     screen.line()
-    screen.table("Tiles (Q x KV) of FlashAttentionConfig.auto", _info.tiles(), _info.tile_header())
+    screen.table("Tiles (Q x KV) of FlashAttentionConfig.auto", info.tiles(), info.tile_header())
 
 
-def bench(args: argparse.Namespace, screen: Screen) -> None:
+def run_bench(args: argparse.Namespace, screen: Screen) -> None:
     """Measures cases beside the peers that are installed."""
-    from .bench import report
-    from .bench.cases import CASES, LENGTHS, of_length
-    from .bench.measure import compare_alone
-
     if args.list:
         screen.table("Cases", [(x.name, x.shape, x.why) for x in CASES.values()])
         return
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
-        raise _demo.InputError(f"CASE must be one of {', '.join(CASES)}; it is {unknown[0]!r}")
+        raise InputError(f"CASE must be one of {', '.join(CASES)}; it is {unknown[0]!r}")
     if args.plot is not None:
-        _demo.check_plot(args.plot)
+        check_plot(args.plot)
     if args.json is not None:
-        _demo.check_writable("--json", args.json)
+        check_writable("--json", args.json)
     screen.table("Measured on", list(report.environment().items()))
     chosen = [CASES[name] for name in args.cases or CASES]
     curve = [of_length(T) for T in LENGTHS] if args.plot is not None else []
@@ -221,7 +92,7 @@ def bench(args: argparse.Namespace, screen: Screen) -> None:
 
 
 def integer(least: int, most: int | None = None) -> typing.Callable[[str], int]:
-    """A converter of arguments that accepts least..most."""
+    """Makes a converter of arguments that accepts the integers least..most."""
     range_ = f">= {least}" if most is None else f"in {least}..{most}"
 
     def convert(text: str) -> int:
@@ -237,7 +108,7 @@ def integer(least: int, most: int | None = None) -> typing.Callable[[str], int]:
 
 
 def block_sizes(text: str) -> BlockSizes:
-    """N or Q,KV as positions per tile."""
+    """Converts an argument, N or Q,KV, to positions per tile."""
     try:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
@@ -248,7 +119,7 @@ def block_sizes(text: str) -> BlockSizes:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; every subcommand sets ``run``, called with its arguments and the screen."""
+    """Builds the parser. Every subcommand sets ``run``, which takes its arguments and a screen."""
     parser = argparse.ArgumentParser(prog=_PROG, description="FlashAttention for CPUs in JAX.")
     parser.add_argument("--version", action="version", version=f"flash_jax {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
@@ -275,7 +146,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--max-bytes",
         metavar="N",
-        type=integer(_demo.MIN_BYTES, _demo.MAX_BYTES),
+        type=integer(demo.MIN_BYTES, demo.MAX_BYTES),
         default=65536,
         help="read at most this much of it; time grows with the square (default: %(default)s)",
     )
@@ -298,7 +169,7 @@ def _add_demo(commands: Any) -> None:
     command.add_argument(
         "--plot", metavar="OUT.png", help="save a figure of the accuracy by position"
     )
-    command.set_defaults(run=demo)
+    command.set_defaults(run=run_demo)
 
 
 def _add_info(commands: Any) -> None:
@@ -307,7 +178,7 @@ def _add_info(commands: Any) -> None:
         help="show versions, the processor and the tiles chosen for it",
         description="Shows versions, the processor and the tiles chosen for it.",
     )
-    command.set_defaults(run=info)
+    command.set_defaults(run=run_info)
 
 
 def _add_bench(commands: Any) -> None:
@@ -331,11 +202,11 @@ def _add_bench(commands: Any) -> None:
     command.add_argument(
         "--plot", metavar="OUT.png", help="save a figure, with a curve over the length"
     )
-    command.set_defaults(run=bench)
+    command.set_defaults(run=run_bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
@@ -348,17 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args, open_screen())
         sys.stdout.flush()
-    except _demo.InputError as error:
+    except InputError as error:
         print(f"{_PROG} {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has left; Python's own flush at exit would complain again.
+        # The reader has left. Python flushes at exit, which would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What runs here: versions, the processor, its vectors, and the tiles chosen for it."""
+"""What ``info`` shows: versions, the processor, its vectors, and the tiles chosen for it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import platform
 import re
 from importlib.metadata import version
 
-from .. import __version__
 from .._api.config import FlashAttentionConfig
 from .._machine.processor import Machine, machine, processor
 from .._machine.tuned import path, stored
+from .._version import __version__
 
 _DEFAULT_VECTOR_WIDTH = 256
 _LENGTHS = (512, 2048, 8192, 32768, 131072)
@@ -20,13 +20,13 @@ Rows = list[tuple[str, str]]
 
 
 def versions() -> Rows:
-    """This package and what it stands on."""
+    """Lists the versions of this package and of what it builds on."""
     others = [(name, version(name)) for name in ("jax", "jaxlib", "numpy")]
     return [("flash_jax", __version__), *others, ("Python", platform.python_version())]
 
 
 def hardware() -> Rows:
-    """The processor as the tiles are chosen for it."""
+    """Lists what the choice of tiles knows of the processor."""
     return [
         ("processor", processor()),
         *caches(machine()),
@@ -36,7 +36,7 @@ def hardware() -> Rows:
 
 
 def caches(found: Machine) -> Rows:
-    """Cores and cache sizes, and whether they were read or assumed."""
+    """Lists cores and cache sizes, and whether they were read or assumed."""
     source = "" if found.measured else " (assumed: this system does not tell)"
     return [
         ("cores", str(found.cores)),
@@ -51,7 +51,7 @@ def _kib(count: int) -> str:
 
 
 def vector_width(xla_flags: str) -> str:
-    """The width XLA prefers, and where that comes from.
+    """Names the width of vectors that XLA prefers, and who set it.
 
     Example:
         >>> vector_width("--xla_cpu_prefer_vector_width=512")
@@ -70,13 +70,13 @@ VECTOR_HINT = (
 
 
 def tile_header() -> tuple[str, ...]:
-    """The columns of ``tiles``."""
+    """Names the columns of ``tiles``."""
     kinds = [f"H = {H}{causal}" for H in _HEAD_DIMS for causal in ("", ", causal")]
     return ("T = S", *kinds)
 
 
 def tiles() -> list[tuple[str, ...]]:
-    """What ``FlashAttentionConfig.auto`` picks for common shapes: queries x keys per tile."""
+    """Lists what ``FlashAttentionConfig.auto`` picks for common shapes: queries x keys per tile."""
     return [
         (f"{T:,}", *(_tile(H, T, causal) for H in _HEAD_DIMS for causal in (False, True)))
         for T in _LENGTHS

@@ -12,25 +12,37 @@ key is not finite: then each head is multiplied alone. Values are weighed and su
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._checks.shapes import accumulator
-from .._passes.online_softmax import dot
-from .._passes.operands import Operands, Static, q_tile
-from .._passes.scores import rounded
-from .._tiles.layout import slice_tile
-from .._tiles.tile import QueryTile, in_every_element
-from .floats import Products, product_dtype
+from .._passes.operands import Dimensions, Operands, q_tile
+from .._passes.plan import Plan
+from .._passes.products import Products
+from .._tiles.load import slice_tile
+from .._tiles.tile import QueryTile
+from .._tiles.xla import apart, dot, in_every_element, part_of, rounded
 
 _PARTS = 16  # of the values, added up elementwise before the sum over what is left
 
 
-def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
-    """The products of floats, of keys and values that are laid out heads last."""
-    acc, dtype = accumulator(static.dtype), product_dtype(operands)
-    q = q_tile(static, tile, operands.q, dtype)
+@dataclasses.dataclass(frozen=True)
+class FewRows:
+    """Floats of few query rows, multiplied in a dtype; keys and values are laid out heads last."""
+
+    dtype: np.dtype
+
+    def products(self, operands: Operands, plan: Plan, tile: QueryTile) -> Products:
+        return _streaming_products(self.dtype, operands, plan, tile)
+
+
+def _streaming_products(
+    dtype: np.dtype, operands: Operands, plan: Plan, tile: QueryTile
+) -> Products:
+    acc = Dimensions.of(operands, plan).acc
+    q = q_tile(plan, tile, operands.q, dtype)
     if dtype == acc:
         q = operands.scores.scaled(tile, q)
     own = np.eye(tile.heads, dtype=bool)[:, None, :, None]
@@ -39,7 +51,7 @@ def streaming_products(operands: Operands, static: Static, tile: QueryTile) -> P
     def positions(x: Array, j: Array) -> Array:
         """(block_kv, heads, H) of key tile j."""
         start, size = tile.kv.start(j), tile.kv.block
-        return slice_tile(static.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
+        return slice_tile(plan.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
 
     def scores(j: Array) -> Array:
         k = positions(operands.k, j).astype(dtype)
@@ -74,16 +86,6 @@ def _weigh(p: Array, v: Array) -> Array:
     count = max(1, len(v) // _PARTS)
     parts = [slice(i, i + count) for i in range(0, len(v) - count + 1, count)]
     parts.append(slice(parts[-1].stop, None))
-    *products, rest = (_part(v, part, p.dtype) * p[part] for part in parts)
-    # With a select before it, the sum is not fused with the products, which would be far slower.
-    sums = (jnp.sum(jnp.where(jnp.isnan(x), jnp.nan, x), axis=0) for x in (sum(products), rest))
+    *products, rest = (part_of(v, part, p.dtype) * p[part] for part in parts)
+    sums = (jnp.sum(apart(x), axis=0) for x in (sum(products), rest))  # pyright: ignore
     return jnp.swapaxes(sum(sums), 0, 1)
-
-
-def _part(v: Array, part: slice, dtype: np.dtype) -> Array:
-    """v[part] in the dtype."""
-    if v.dtype != jnp.bfloat16:
-        return v[part].astype(dtype)
-    # As integers, since XLA slices bfloat16 in float32, and would convert all values beforehand.
-    bits = lax.bitcast_convert_type(v, np.uint16)[part].astype(np.uint32)
-    return lax.bitcast_convert_type(bits << np.uint32(16), np.float32)

@@ -28,6 +28,7 @@ Hoeffding, Probability inequalities, 1963, theorem 2, https://doi.org/10.1080/01
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -36,10 +37,12 @@ from jax import numpy as jnp
 
 from .._passes import online_softmax as online
 from .._passes.exp import exp
-from .._passes.operands import Operands, Static, key_columns, kv_tile, q_tile, query_rows
-from .._passes.scores import rounded
+from .._passes.operands import Operands, key_columns, kv_tile, q_tile, query_rows
+from .._passes.plan import Plan
+from .._passes.products import Products
 from .._tiles.tile import BlockSizes, QueryTile
-from .floats import Products, weigh_bfloat16
+from .._tiles.xla import apart, dot_u8_s8, rounded
+from .floats import weigh_bfloat16
 
 ZERO_POINT = 128  # of the queries
 MOST_SUMMED = 2**16  # products of bytes that an int32 holds the sum of
@@ -47,15 +50,22 @@ _LEVELS = np.float32(255)  # of the probabilities
 _INTEGER_TO_MANTISSA = np.float32(2**23)
 
 
-def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Products:
-    """The products of quantized operands, with probabilities as ``static.probabilities``."""
-    probabilities = static.probabilities
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """Quantized operands; probabilities are rounded to uint8 or bfloat16, or stay float32."""
+
+    probabilities: np.dtype
+
+    def products(self, operands: Operands, plan: Plan, tile: QueryTile) -> Products:
+        return _int8_products(self.probabilities, operands, plan, tile)
+
+
+def _int8_products(
+    probabilities: np.dtype, operands: Operands, plan: Plan, tile: QueryTile
+) -> Products:
     assert operands.quantization is not None
-    assert probabilities is not None
     q_scale, q_shift, k_scale, k_zero, v_scale = operands.quantization
-    q = q_tile(static, tile, operands.q, np.dtype(np.uint8))
-    # A select that changes nothing: a transposition next to it would cost the product its speed.
-    q = jnp.where(q > 254, np.uint8(255), q)
+    q = apart(q_tile(plan, tile, operands.q, np.dtype(np.uint8)))
     q_scale = query_rows(tile, q_scale)[..., None]
     if q_shift is not None:
         q_shift = query_rows(tile, q_shift)[..., None]
@@ -63,16 +73,14 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
 
     def scores(j: Array) -> Array:
         zero, scale = (key_columns(tile, x, j)[:, None] for x in (k_zero, k_scale))
-        integers = (
-            vmap(dot_u8_s8)(q, kv_tile(static, tile, operands.k, j, np.dtype(np.int8))) - zero
-        )
+        integers = vmap(dot_u8_s8)(q, kv_tile(plan, tile, operands.k, j, np.dtype(np.int8))) - zero
         # Rounded, they are also computed once only: XLA would fuse them into the maximum, and again
         # into the probabilities, at several times the cost.
         s = rounded(integers.astype(np.float32) * (scale * q_scale))
         return s if q_shift is None else s + q_shift
 
     def values(j: Array) -> Array:
-        v = kv_tile(static, tile, operands.v, j, np.dtype(np.int8))
+        v = kv_tile(plan, tile, operands.v, j, np.dtype(np.int8))
         if probabilities == np.uint8:
             return v
         if not per_channel:
@@ -84,7 +92,7 @@ def int8_products(operands: Operands, static: Static, tile: QueryTile) -> Produc
             return o
         return o * lax.dynamic_slice_in_dim(tile.of_element(v_scale), tile.head, tile.heads)
 
-    products = Products(scores, values, online.dot, finish)
+    products = Products(scores, values, online.dot, finish, floats=False)
     if probabilities == np.float32:
         return products
     products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits
@@ -98,21 +106,6 @@ def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:
     if head_dim > MOST_SUMMED:
         raise ValueError(f"{name} must have a head size of at most {MOST_SUMMED}; it is {head_dim}")
     return BlockSizes(blocks.q, min(blocks.kv, MOST_SUMMED))
-
-
-def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
-    """uint8 a (M, K) times int8 b, (N, K) or with K as the other ``axis``, in int32."""
-    if a.shape[0] == 1:
-        # XLA converts the operands of a product with a single row to int32 first.
-        return dot_u8_s8(jnp.concatenate([a, a]), b, axis)[:1]
-    # With the default precision JAX would convert both operands to int32.
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (axis,)), ((), ())),
-        precision=lax.DotAlgorithmPreset.DEFAULT,
-        preferred_element_type=np.int32,
-    )
 
 
 def _weigh_uint8(p: Array, v: Array) -> Array:

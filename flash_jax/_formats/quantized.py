@@ -23,7 +23,8 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.shapes import accumulator, as_floats, check_shape, positive_integer
+from .._checks.numbers import positive_integer
+from .._checks.shapes import accumulator, as_floats, check_shape
 
 LEVELS = 127
 

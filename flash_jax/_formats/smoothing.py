@@ -16,9 +16,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._passes.operands import Quantization
-from .._passes.scores import rounded
-from .._tiles.layout import heads_first
+from .._tiles.load import heads_first
 from .._tiles.symbolic import as_int32
+from .._tiles.xla import rounded
 from .int8 import ZERO_POINT
 from .quantized import QuantizedArray, round_to_int8, scales_of, spread
 

@@ -1,4 +1,4 @@
-"""``attention_fn`` of the attention layers of Flax, NNX and Linen. Flax itself is not needed."""
+"""The ``attention_fn`` for attention layers of Flax, NNX and Linen. Flax itself is not needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .layers import attend
 
 
@@ -33,19 +33,19 @@ def nnx_attention_fn(
 ) -> Array:
     """``flash_attention`` with the signature of ``flax.nnx.dot_product_attention``.
 
-    ``nnx.MultiHeadAttention(..., attention_fn=flash_jax.nnx_attention_fn)`` has the parameters,
-    caches and outputs it had, in memory linear in T and S. Masks as arrays, such as those of
-    ``nnx.make_causal_mask``, work, but are T x S themselves: call the layer with
-    ``is_causal=True``, or with ``mask=flash_jax.CausalMask()`` or another ``Mask``. With
-    ``decode=True`` the layer combines the mask of its cache, which is causal already, with arrays
-    only: there it takes no mask, or an array.
+    ``nnx.MultiHeadAttention(..., attention_fn=flash_jax.nnx_attention_fn)`` keeps its parameters,
+    caches and outputs, in memory linear in T and S. A mask may be an array, such as that of
+    ``nnx.make_causal_mask``, but that is T x S itself: call the layer with ``is_causal=True``, or
+    with ``mask=flash_jax.CausalMask()`` or another ``Mask``. With ``decode=True`` the layer
+    combines the mask of its cache with arrays only. That mask is causal already: give the layer no
+    mask, or an array.
 
     Args:
         query: (..., T, N, H), any number of batch axes.
         key: (..., S, K, H). Query head n reads key/value head ``n // (N // K)``.
         value: (..., S, K, Hv).
         bias: broadcastable to (..., N, T, S).
-        mask: of any dtype, broadcastable to (..., N, T, S), 0 masks; or a ``Mask``, with the
+        mask: of any dtype, broadcastable to (..., N, T, S), 0 masks; or a ``Mask``, which sees the
             batch axes as one.
         broadcast_dropout: as ``flash_attention``: the same probabilities are dropped in every batch
             element and head.
@@ -53,13 +53,13 @@ def nnx_attention_fn(
         dropout_rate: as ``flash_attention``.
         deterministic: no dropout.
         dtype: of the computation and the output; default: that of the inputs, promoted.
-        precision: None or a ``lax.Precision``, or the name or a pair of them. On CPUs products
-            of float32 have full precision with each; elsewhere only the default is offered.
-        module: must be None, that is ``sow_weights=False``: there are no weights to sow.
+        precision: None, a ``lax.Precision``, its name, or a pair of these. On CPUs products of
+            float32 have full precision with each of them; elsewhere only the default is offered.
+        module: must be None, so ``sow_weights`` must be False: there are no weights to sow.
         promote_dtype: maps (query, key, value) and ``dtype=`` to three arrays of one dtype.
         is_causal: as ``flash_attention``.
-        options: others of ``flash_attention``, such as ``local_window_size``; for a layer by
-            ``functools.partial(flash_jax.nnx_attention_fn, local_window_size=(255, 0))``.
+        options: further options of ``flash_attention``, such as ``local_window_size``. A layer gets
+            them by ``functools.partial(flash_jax.nnx_attention_fn, local_window_size=(255, 0))``.
 
     Returns:
         (..., T, N, Hv). A row that may read no key is zero (Flax: the mean of value).
@@ -120,18 +120,18 @@ def linen_attention_fn(
 ) -> Array:
     """``flash_attention`` with the signature of ``flax.linen.dot_product_attention``.
 
-    ``nn.MultiHeadDotProductAttention(..., attention_fn=flash_jax.linen_attention_fn)`` has the
-    parameters, caches and outputs it had, in memory linear in T and S. Call the layer with
-    ``mask=flash_jax.CausalMask()`` instead of a T x S array; with ``decode=True`` with none, or an
-    array, as ``nnx_attention_fn`` says.
+    ``nn.MultiHeadDotProductAttention(..., attention_fn=flash_jax.linen_attention_fn)`` keeps its
+    parameters, caches and outputs, in memory linear in T and S. Call the layer with
+    ``mask=flash_jax.CausalMask()``, not with a T x S array. With ``decode=True`` it takes no mask,
+    or an array: see ``nnx_attention_fn``.
 
     Args:
-        query, key, value, bias, mask: as ``nnx_attention_fn``, like all that is not named here.
-        force_fp32_for_softmax: either is honoured: the softmax is always float32 at least.
-        einsum_dot_general: must be None, like the two that follow: there is no einsum to replace.
+        query, key, value, bias, mask: as ``nnx_attention_fn``. So are the others not named here.
+        force_fp32_for_softmax: True or False: the softmax is always float32 at least.
+        einsum_dot_general: must be None, as must the next two: there is no einsum to replace.
         qk_attn_weights_einsum: must be None.
         attn_weights_value_einsum: must be None.
-        options: others of ``flash_attention``, ``is_causal`` among them.
+        options: further options of ``flash_attention``, ``is_causal`` among them.
 
     Returns and Raises: as ``nnx_attention_fn``.
 

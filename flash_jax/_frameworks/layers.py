@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from .._api.attention import flash_attention_with_lse
 from .._api.empty_rows import check_empty_rows, mean_in_empty_rows
-from .._masks.positions import Mask
+from .._masks.base import Mask
 
 
 def attend(
@@ -26,11 +26,12 @@ def attend(
     """``flash_attention`` of (..., T, N, H), (..., S, K, H) and (..., S, K, Hv).
 
     Args:
-        bias: float, broadcastable to (..., N, T, S). It is repeated where it has some of the
-            batch axes, but neither none nor all.
-        mask: of any dtype, 0 masks; shaped as bias. Or a ``Mask``, with the batch axes as one.
-        empty_rows: what a row that may read no key is: "zero", or the "mean" of value over all S.
-        options: of ``flash_attention``, with the batch axes as one.
+        bias: float, broadcastable to (..., N, T, S). It is copied per batch element where it has
+            some of the batch axes, but not all.
+        mask: of any dtype, 0 masks; shaped as bias. Or a ``Mask``, which sees the batch axes as
+            one.
+        empty_rows: a row that may read no key is "zero", or the "mean" of value over all S.
+        options: of ``flash_attention``, which sees the batch axes as one.
 
     Raises:
         ValueError: batch axes disagree.

@@ -1,1 +1,1 @@
-"""Facts about this machine, and the tiles that follow from them."""
+"""Facts about this machine, the tiles that follow from them, and its clock."""

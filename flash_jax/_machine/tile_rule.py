@@ -102,40 +102,6 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     return BlockSizes(_even(T, min(block_q, most)), block_kv)
 
 
-def heads_per_step(machine: Machine, heads: int, rows: int, block_kv: int, copies: int) -> int:
-    """How many key/value heads share a step; divides ``heads``.
-
-    Args:
-        heads: key/value heads.
-        rows: rows of scores of one key/value head in a tile.
-        copies: how many arrays of the tile's scores live at once.
-    """
-    return _divisor(heads, score_bytes(machine) // (4 * rows * block_kv * copies))
-
-
-def elements_per_step(machine: Machine, rows: int, scores: int, keys: int) -> int:
-    """How many batch elements share a step; divides ``rows``.
-
-    All of them where their scores fit: their keys and values are then read where they lie, and not
-    copied. Else a step holds half as many scores as others do, for it holds all that belongs to
-    them, too.
-
-    Args:
-        rows: batch elements.
-        scores: float32 numbers that live at once of the scores of one of them.
-        keys: numbers in the keys and values of one of them.
-    """
-    most = score_bytes(machine) // 4
-    if rows * scores <= most:
-        return rows
-    return _divisor(rows, most // 2 // max(scores, keys))
-
-
-def _divisor(count: int, most: int) -> int:
-    """The largest divisor of count that is at most ``most``, at least 1."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))
-
-
 def _even(length: int, block: int) -> int:
     """The shortest tile, in whole vectors of 16, that needs no more tiles than ``block`` does."""
     count = max(1, math.ceil(length / block))

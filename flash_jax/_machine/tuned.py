@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .._tiles.tile import BlockSizes
+from .._version import __version__
 from .processor import machine, processor
 from .tile_rule import Problem, fastest_blocks
 
@@ -61,8 +62,6 @@ def store(problem: Problem, blocks: BlockSizes) -> None:
 
 def path() -> Path:
     """Where choices are kept: ``XDG_CACHE_HOME``, or the system's folder for caches."""
-    from .. import __version__  # complete by now
-
     system, home = platform.system(), Path(os.path.expanduser("~"))  # which never fails
     folder = {
         "Darwin": home / "Library/Caches",

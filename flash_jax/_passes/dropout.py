@@ -8,10 +8,9 @@ of is hashed well, and what there are T x S of is hashed in a few operations:
     (r0, r1) of a row of scores   threefry of (k0, k1) and (head, query)
     the word of a pair            mix of (r0, r1) and the key's index
 
-Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Threefry-2x32: 13 rounds are the
-fewest that pass all of Crush), https://doi.org/10.1145/2063384.2063405
-Wellons, Prospecting for hash functions, 2018 (lowbias32),
-https://nullprogram.com/blog/2018/07/31/
+Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011 (Threefry-2x32, which with 13
+rounds passes Crush), https://doi.org/10.1145/2063384.2063405
+Wellons, Prospecting for hash functions, 2018 (lowbias32), https://nullprogram.com/blog/2018/07/31/
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from jax import numpy as jnp
 
 from .._tiles.tile import QueryTile
 
+_ROUNDS = 13
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = np.uint32(0x1BD11BDA)
 
@@ -55,15 +55,15 @@ def drop(
     return tile.as_rows(jnp.where(kept, jnp.array(1 / (1 - rate), dtype), jnp.array(0, dtype)))
 
 
-def threefry(key: tuple, counter: tuple, rounds: int = 13) -> tuple[Array, Array]:
-    """Two random words of each pair of counters: Threefry-2x32.
+def threefry(key: tuple, counter: tuple) -> tuple[Array, Array]:
+    """Two random words of each pair of counters: Threefry-2x32 of 13 rounds.
 
     Written out: JAX's own, of 20 rounds, takes XLA:CPU ten times as long to compile and to run
     (0.12), and the words of ``jax.random.bits`` depend on its configuration.
     """
     keys = *key, key[0] ^ key[1] ^ _PARITY
     x, y = counter[0] + keys[0], counter[1] + keys[1]
-    for i in range(rounds):
+    for i in range(_ROUNDS):
         x = x + y
         y = _rotated(y, _ROTATIONS[i % 8]) ^ x
         if i % 4 == 3:
@@ -75,8 +75,8 @@ def threefry(key: tuple, counter: tuple, rounds: int = 13) -> tuple[Array, Array
 def mix(row: tuple[Array, Array], s: Array) -> Array:
     """A random word per row and index s: lowbias32, with a word of the row before each product.
 
-    Indices are spread over all bits first, by a product with the golden ratio, once per column: of
-    neighbours that differ in a low bit alone, lowbias32 leaves a correlation of 1e-4.
+    Indices are spread over all bits first, by a product with the golden ratio: of neighbours that
+    differ in low bits alone, lowbias32 with these words leaves a correlation of 1e-4.
     """
     x = s * np.uint32(0x9E3779B9) ^ row[0]
     x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)

@@ -1,4 +1,4 @@
-"""The forward pass: for every query tile, one scan over the key tiles it may read.
+"""The forward pass: for every tile of queries, one walk over the key tiles it may read.
 
 Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 """
@@ -12,23 +12,14 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._formats.few_rows import streaming_products
-from .._formats.floats import float_products
-from .._formats.int8 import int8_products
-from .._machine.tile_rule import FUSED_KEYS, few_rows
-from .._tiles.layout import Layout, put_tile
-from .._tiles.tile import QueryTile, in_every_element
+from .._tiles.load import put_tile
+from .._tiles.tile import QueryTile
 from . import online_softmax as online
-from .operands import (
-    Dimensions,
-    Operands,
-    Static,
-    finite,
-    kept_weights,
-    kv_tile,
-    over_key_tiles,
-    over_query_tiles,
-)
+from .nonfinite import all_finite, finite, with_kept_nonfinite
+from .operands import Dimensions, Operands, kept_weights
+from .plan import Plan
+from .products import Products
+from .walk import over_key_tiles, over_query_tiles
 
 
 class Results(NamedTuple):
@@ -40,18 +31,18 @@ class Results(NamedTuple):
     l: Array  # (B, N, T)
 
 
-def forward_shapes(operands: Operands, static: Static) -> Results:
+def forward_shapes(operands: Operands, plan: Plan) -> Results:
     """Shapes and dtypes of the results."""
-    dims = Dimensions.of(operands, static)
+    dims = Dimensions.of(operands, plan)
     rows = jax.ShapeDtypeStruct((dims.rows, dims.N, dims.T), dims.acc)
-    out = static.layout.axes(dims.rows, dims.N, dims.T, dims.Hv)
-    return Results(jax.ShapeDtypeStruct(tuple(out), static.dtype), rows, rows, rows)  # pyright: ignore
+    out = plan.layout.axes(dims.rows, dims.N, dims.T, dims.Hv)
+    return Results(jax.ShapeDtypeStruct(tuple(out), plan.dtype), rows, rows, rows)  # pyright: ignore
 
 
-def forward(operands: Operands, static: Static) -> Results:
+def forward(operands: Operands, plan: Plan) -> Results:
     """Attention of every query head, with its softmax statistics."""
-    dims = Dimensions.of(operands, static)
-    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forward_shapes(operands, static))
+    dims = Dimensions.of(operands, plan)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forward_shapes(operands, plan))
     if dims.empty:
         if operands.sinks is None:
             return results._replace(lse=jnp.full_like(results.lse, -jnp.inf))
@@ -60,78 +51,63 @@ def forward(operands: Operands, static: Static) -> Results:
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
 
     def step(tile: QueryTile, results: Results) -> Results:
-        state = tile.each(lambda tile, operands: _attend(operands, static, tile), operands)
+        state = tile.each(lambda tile, operands: forward_tile(operands, plan, tile), operands)
         out, lse = online.finish(state)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
         shape = (tile.elements, tile.heads * tile.groups, tile.q.block)
-        out = out.reshape(*shape, dims.Hv).astype(static.dtype)
+        out = out.reshape(*shape, dims.Hv).astype(plan.dtype)
         rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
         return Results(
-            put_tile(static.layout, results.out, out, tile.row, n, t),
+            put_tile(plan.layout, results.out, out, tile.row, n, t),
             *(
                 lax.dynamic_update_slice(x, new, (tile.row, n, t))
                 for x, new in zip(results[1:], rows, strict=True)
             ),
         )
 
-    return over_query_tiles(operands, static, step, results, copies=1, several=True)
+    return over_query_tiles(operands, plan, step, results, copies=1, several=True)
 
 
-def _attend(operands: Operands, static: Static, tile: QueryTile) -> online.State:
-    """The state (heads, rows) of one query tile after all the keys its rows may read."""
-    scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, static).acc
-    of_format = float_products if operands.quantization is None else int8_products
-    if static.kv_layout is Layout.HEADS_LAST and few_rows(tile.rows, tile.heads):
-        of_format = streaming_products
-    products = of_format(operands, static, tile)
+def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
+    """The state (heads, rows) of one tile of queries after all the keys its rows may read."""
+    scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, plan).acc
+    products = plan.format.products(operands, plan, tile)
+    careful = products.floats and not scores.always_full(tile.kv)
 
-    # Of a kept value that is NaN or infinite the output tells; a masked one must not be multiplied.
-    clean = operands.quantization is None and not scores.always_full(tile.kv)
+    def step(masked: bool) -> Callable[[Array, tuple], tuple]:
+        absorb = _absorb(plan, tile, products, masked)
 
-    def at(masked: bool) -> Callable[[Array, tuple], tuple]:
-        def absorb(j: Array, carry: tuple) -> tuple:
-            state, all_finite = carry
+        def at(j: Array, carry: tuple) -> tuple:
+            state, clean = carry
             s, v = products.scores(j), products.values(j)
             s = scores.logits(tile, j, scores.local(tile, j), s)
             if masked:
                 s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
-            if masked and clean:
-                # 0 * v is NaN where v is not finite: one fast sum tells.
-                all_finite &= jnp.isfinite(jnp.sum(v * 0, dtype=acc))
-                v = finite(v)
-            kept = kept_weights(operands, static, tile, j)
-            weigh = products.weigh
+            if masked and careful:
+                clean, v = clean & all_finite(v, acc), finite(v)
+            kept, weigh = kept_weights(operands, plan, tile, j), products.weigh
             if kept is not None:
                 weigh = lambda p, v: products.weigh(p * kept, v)  # noqa: E731
-            if tile.kv.count == 1:
-                fused = not masked and tile.kv.block <= FUSED_KEYS
-                shift = (lambda m: m) if fused else online.finite_shift
-                return online.of_block(s, v, weigh, products.exp, shift), all_finite
-            return products.absorb(state, s, v, weigh, products.exp), all_finite
+            return absorb(state, s, v, weigh, products.exp), clean
 
-        return absorb
-
-    def nonfinite(j: Array, o: Array) -> Array:
-        """Adds the NaN and infinite values that are kept in a partial tile, and left out above."""
-        v = kv_tile(static, tile, operands.v, j, acc)
-        kept = scores.keep(tile, j).astype(acc)
-        kinds = [jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)]
-        for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
-            seen = online.dot(kept, kind.astype(acc))
-            o += jnp.where(seen > 0, jnp.array(value, acc), 0)
-        return o
+        return at
 
     state = online.start(tile.rows, operands.v.shape[-1], acc)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
-    state, all_finite = over_key_tiles(
-        operands, tile, at(False), at(True), (state, jnp.array(True))
-    )
-    if clean:
-        show = lambda o: over_key_tiles(operands, tile, lambda _, o: o, nonfinite, o)  # noqa: E731
-        all_finite = in_every_element(all_finite)
-        state = state._replace(o=lax.cond(all_finite, lambda o: o, show, state.o))
+    state, clean = over_key_tiles(operands, tile, step, (state, jnp.array(True)))
+    if careful:
+        state = state._replace(o=with_kept_nonfinite(operands, plan, tile, clean, state.o))
     state = state._replace(o=products.finish(state.o))
     if sinks is not None:
-        sink = tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0]
-        state = online.add_logit(state, sink)
+        state = online.add_logit(state, tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0])
     return state
+
+
+def _absorb(
+    plan: Plan, tile: QueryTile, products: Products, masked: bool
+) -> Callable[..., online.State]:
+    """How a key tile joins the state: the only one needs no rescaling of what was before."""
+    if tile.kv.count != 1:
+        return products.absorb
+    shift = (lambda m: m) if plan.fused and not masked else online.finite_shift
+    return lambda _, s, v, weigh, exp: online.of_block(s, v, weigh, exp, shift)

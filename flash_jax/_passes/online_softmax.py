@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import DTypeLike
 
+from .._tiles.xla import dot
 from .exp import exp
 
 Exp = Callable[[Array], Array]
@@ -37,13 +38,6 @@ def start(rows: int, head_dim: int, dtype: DTypeLike) -> State:
         jnp.zeros((rows,), dtype),
         jnp.zeros((rows, head_dim), dtype),
     )
-
-
-def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
-    """a (..., M, K) times b, (..., K, N) or with K as the other ``axis``, summed in dtype: a's."""
-    batch = tuple(range(a.ndim - 2))
-    dimensions = ((a.ndim - 1,), (b.ndim + axis,)), (batch, batch)
-    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
 
 
 def finite_shift(m: Array) -> Array:

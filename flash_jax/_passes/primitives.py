@@ -36,20 +36,21 @@ from .._tiles.jax_versions import report_nan
 from .._tiles.symbolic import known
 from .backward import backward, gradient_shapes
 from .forward import Results, forward, forward_shapes
-from .operands import Differentiable, Operands, Static, varying_as
+from .operands import Differentiable, Operands, varying_as
+from .plan import Plan
 from .tangent import tangent
 from .whole_tiles import in_whole_tiles
 
 
-def attention(operands: Operands, static: Static) -> tuple[Array, Array]:
+def attention(operands: Operands, plan: Plan) -> tuple[Array, Array]:
     """Output, laid out as q and of its dtype, and natural-log lse (B, N, T)."""
-    T = static.layout.sizes(operands.q)[2]
-    operands = in_whole_tiles(operands, static)
+    T = plan.layout.sizes(operands.q)[2]
+    operands = in_whole_tiles(operands, plan)
     leaves, tree = jax.tree.flatten(_split(varying_as(operands, operands)))
-    out, lse, *_ = attention_p.bind(*leaves, tree=tree, static=static)
+    out, lse, *_ = attention_p.bind(*leaves, tree=tree, plan=plan)
     if known(T):
         return out, lse
-    return lax.slice_in_dim(out, 0, T, axis=static.layout.value), lse[..., :T]
+    return lax.slice_in_dim(out, 0, T, axis=plan.layout.value), lse[..., :T]
 
 
 def _split(operands: Operands) -> tuple[Differentiable, Operands]:
@@ -72,35 +73,35 @@ def _names(tree: Any) -> list[str]:
     return [name for name, x in differentiable._asdict().items() if x is not None]
 
 
-def _attention(*leaves: Array, tree: Any, static: Static) -> list[Array]:
-    return list(forward(_join(tree, leaves)[0], static))
+def _attention(*leaves: Array, tree: Any, plan: Plan) -> list[Array]:
+    return list(forward(_join(tree, leaves)[0], plan))
 
 
-def _attention_shapes(*leaves: Any, tree: Any, static: Static) -> list[Any]:
-    return list(forward_shapes(_join(tree, leaves)[0], static))
+def _attention_shapes(*leaves: Any, tree: Any, plan: Plan) -> list[Any]:
+    return list(forward_shapes(_join(tree, leaves)[0], plan))
 
 
-def _tangent(*leaves: Array, tree: Any, static: Static, wrt: tuple[str, ...]) -> list[Array]:
+def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Array]:
     operands, others = _join(tree, leaves)
     tangents = dict.fromkeys(Differentiable._fields) | dict(zip(wrt, others[4:], strict=True))
-    return list(tangent(operands, Results(*others[:4]), Differentiable(**tangents), static))
+    return list(tangent(operands, Results(*others[:4]), Differentiable(**tangents), plan))
 
 
-def _tangent_shapes(*leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...]) -> list[Any]:
-    return _attention_shapes(*leaves, tree=tree, static=static)[:2]
+def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Any]:
+    return _attention_shapes(*leaves, tree=tree, plan=plan)[:2]
 
 
 def _gradient(
-    *leaves: Array, tree: Any, static: Static, wrt: tuple[str, ...], rows: tuple[int, ...]
+    *leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...], rows: tuple[int, ...]
 ) -> list[Array]:
     operands, (*results, d_out, d_lse) = _join(tree, leaves)
     sizes = dict(zip(wrt, rows, strict=True))
-    gradients = backward(operands, Results(*results), d_out, d_lse, static, sizes)
+    gradients = backward(operands, Results(*results), d_out, d_lse, plan, sizes)
     return [gradients[name] for name in wrt]
 
 
 def _gradient_shapes(
-    *leaves: Any, tree: Any, static: Static, wrt: tuple[str, ...], rows: tuple[int, ...]
+    *leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...], rows: tuple[int, ...]
 ) -> list[Any]:
     sizes = dict(zip(wrt, rows, strict=True))
     return list(gradient_shapes(_join(tree, leaves)[0], sizes).values())
@@ -168,12 +169,12 @@ gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
 
 
 def _attention_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, static: Static
+    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, plan: Plan
 ) -> tuple[list[Array], list[Any]]:
     operands, _ = _join(tree, primals)
     # Integers have no derivatives: their callers give those of the floats that they stand for.
     assert operands.quantization is None
-    results = attention_p.bind(*primals, tree=tree, static=static)
+    results = attention_p.bind(*primals, tree=tree, plan=plan)
     results = [checkpoint_name(x, "flash_attention") for x in results]
     _, _, m, l = results
     names = _names(tree)
@@ -183,7 +184,7 @@ def _attention_jvp(
     if not given:
         return results, [jnp.zeros_like(x) for x in results]
     moving = tangent_p.bind(
-        *primals, *results, *given.values(), tree=tree, static=static, wrt=tuple(given)
+        *primals, *results, *given.values(), tree=tree, plan=plan, wrt=tuple(given)
     )
     # lse = m + log l, with m held still.
     return results, [*moving, jnp.zeros_like(m), l * moving[1]]

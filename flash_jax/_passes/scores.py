@@ -16,10 +16,10 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._masks.positions import Mask
+from .._masks.base import Mask
 from .._masks.schedule import PARTIAL, keep_tile, never_partial, status
 from .._tiles.tile import Axis, QueryTile
-from .online_softmax import dot
+from .._tiles.xla import dot, rounded
 
 
 class Local(NamedTuple):
@@ -105,13 +105,3 @@ class Scores(NamedTuple):
         if bias is not None:
             s = s + tile.as_rows(bias)
         return s
-
-
-def rounded(x: Array) -> Array:
-    """A product x, rounded before it meets a sum.
-
-    XLA may fuse ``a * b - m`` into one rounding, which is not 0 at the maximum. A select between
-    the two prevents that, and keeps NaN.
-    """
-    low = jnp.finfo(x.dtype).min
-    return jnp.where(x < low, low, x)

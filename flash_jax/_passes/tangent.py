@@ -13,82 +13,66 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.layout import put_tile
+from .._tiles.load import put_tile
 from .._tiles.tile import QueryTile
-from .exp import exp
+from .._tiles.xla import dot
 from .forward import Results
-from .online_softmax import dot
+from .nonfinite import finite
 from .operands import (
     Differentiable,
     Dimensions,
     Operands,
-    Static,
-    finite,
     kept_weights,
     kv_tile,
-    over_key_tiles,
-    over_query_tiles,
     q_tile,
     query_rows,
 )
-
-
-def probabilities(s: Array, m: Array, l: Array) -> Array:
-    """exp(s - m) / l, 0 where s is -inf and in rows that see no key.
-
-    Args:
-        s: (heads, rows, block_kv) logits.
-        m: (heads, rows) their row maxima, as the forward pass found them.
-        l: (heads, rows) row sums of exp(s - m).
-    """
-    m, l = jnp.where(jnp.isneginf(m), 0, m), jnp.where(l == 0, 1, l)
-    x = s - m[..., None]
-    # Recomputed in another tile, s may exceed its maximum by a rounding, large where s is.
-    x -= lax.stop_gradient(jnp.where(x > 0, x, 0))
-    return exp(x) * (1 / l)[..., None]
+from .plan import Plan
+from .probabilities import probabilities
+from .walk import over_key_tiles, over_query_tiles
 
 
 def tangent(
-    operands: Operands, results: Results, tangents: Differentiable, static: Static
+    operands: Operands, results: Results, tangents: Differentiable, plan: Plan
 ) -> tuple[Array, Array]:
     """Tangents of the output and of lse, from those of some operands."""
     operands, tangents = _of_one_shape(operands, tangents)
-    dims = Dimensions.of(operands, static)
+    dims = Dimensions.of(operands, plan)
     d_results = (jnp.zeros_like(results.out), jnp.zeros_like(results.lse))
     if dims.empty:
         return d_results
 
     def step(tile: QueryTile, d_results: tuple[Array, Array]) -> tuple[Array, Array]:
-        d_out, d_lse = _tangent_tile(operands, results, tangents, static, tile)
+        d_out, d_lse = tangent_tile(operands, results, tangents, plan, tile)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
         shape = (1, tile.heads * tile.groups, tile.q.block)
         d_out = d_out.reshape(*shape, dims.Hv).astype(results.out.dtype)
         return (
-            put_tile(static.layout, d_results[0], d_out, tile.row, n, t),
+            put_tile(plan.layout, d_results[0], d_out, tile.row, n, t),
             lax.dynamic_update_slice(d_results[1], d_lse.reshape(shape), (tile.row, n, t)),
         )
 
-    return over_query_tiles(operands, static, step, d_results, copies=3)
+    return over_query_tiles(operands, plan, step, d_results, copies=3)
 
 
-def _tangent_tile(
-    operands: Operands, results: Results, tangents: Differentiable, static: Static, tile: QueryTile
+def tangent_tile(
+    operands: Operands, results: Results, tangents: Differentiable, plan: Plan, tile: QueryTile
 ) -> tuple[Array, Array]:
     """Tangents (heads, rows, Hv) of the output and (heads, rows) of lse."""
     acc, scores = results.lse.dtype, operands.scores
-    out = q_tile(static, tile, results.out, acc)
+    out = q_tile(plan, tile, results.out, acc)
     m, l = (query_rows(tile, x) for x in (results.m, results.l))
 
     def logits(operands: Operands, j: Array) -> Array:
-        q, k = q_tile(static, tile, operands.q, acc), kv_tile(static, tile, operands.k, j, acc)
+        q, k = q_tile(plan, tile, operands.q, acc), kv_tile(plan, tile, operands.k, j, acc)
         scores = operands.scores
         s = scores.products(scores.scaled(tile, q), k)
         return scores.logits(tile, j, scores.local(tile, j), s)
 
-    def at(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
+    def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
         clean = finite if masked else lambda x: x
 
-        def absorb(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def at(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             d_out, d_lse = carry
             varied = _where(tangents, operands)
             s, ds = jax.jvp(lambda x: logits(x.into(operands), j), (varied,), (tangents,))
@@ -98,18 +82,18 @@ def _tangent_tile(
             p = probabilities(s, m, l)
             dp = p * ds
             d_lse += jnp.sum(dp, axis=-1)
-            weights = kept_weights(operands, static, tile, j)
+            weights = kept_weights(operands, plan, tile, j)
             if weights is not None:
                 p, dp = p * weights, dp * weights
-            d_out += dot(dp, clean(kv_tile(static, tile, operands.v, j, acc)))
+            d_out += dot(dp, clean(kv_tile(plan, tile, operands.v, j, acc)))
             if tangents.v is not None:
-                d_out += dot(p, clean(kv_tile(static, tile, tangents.v, j, acc)))
+                d_out += dot(p, clean(kv_tile(plan, tile, tangents.v, j, acc)))
             return d_out, d_lse
 
-        return absorb
+        return at
 
     carry = (jnp.zeros_like(out), jnp.zeros_like(m))
-    d_out, d_lse = over_key_tiles(operands, tile, at(False), at(True), carry)
+    d_out, d_lse = over_key_tiles(operands, tile, step, carry)
     if operands.sinks is not None and tangents.sinks is not None:
         sink, d_sink = (
             tile.as_rows(tile.of_heads(x).astype(acc), 1) for x in (operands.sinks, tangents.sinks)

@@ -6,15 +6,16 @@ from typing import Any
 
 from .._masks.positions import LengthMask
 from .._tiles.symbolic import as_int32, known, pad_axes, padding
-from .operands import Dimensions, Operands, Quantization, Static
+from .operands import Dimensions, Operands, Quantization
+from .plan import Plan
 
 
-def in_whole_tiles(operands: Operands, static: Static) -> Operands:
+def in_whole_tiles(operands: Operands, plan: Plan) -> Operands:
     """operands with symbolic T and S padded to whole tiles; no query reads a padded key."""
-    dims = Dimensions.of(operands, static)
+    dims = Dimensions.of(operands, plan)
     missing = {
-        "T": padding(dims.T, static.blocks.q),
-        "S": padding(dims.S, static.blocks.kv),
+        "T": padding(dims.T, plan.blocks.q),
+        "S": padding(dims.S, plan.blocks.kv),
     }
     if missing == {"T": 0, "S": 0}:
         return operands
@@ -38,7 +39,7 @@ def in_whole_tiles(operands: Operands, static: Static) -> Operands:
         )
     queries, keys = (
         "".join(layout.axes("B", "N", positions, "H"))
-        for layout, positions in ((static.layout, "T"), (static.kv_layout, "S"))
+        for layout, positions in ((plan.layout, "T"), (plan.kv_layout, "S"))
     )
     return operands._replace(
         q=pad(operands.q, queries),

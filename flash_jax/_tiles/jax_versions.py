@@ -20,8 +20,8 @@ except ImportError:  # should JAX move it, attention works on without these repo
 def varying_axes(x: Array) -> frozenset[str]:
     """Mesh axes that x varies over in a ``shard_map``.
 
-    Before 0.10, which is the oldest that is supported, they were ``typeof(x).vma``. JAX documents
-    neither name.
+    So named since 0.10, the oldest that is supported; earlier releases have ``typeof(x).vma``. JAX
+    documents neither.
     """
     return jax.typeof(x).manual_axis_type.varying
 

@@ -24,21 +24,6 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-@jax.custom_batching.custom_vmap
-def in_every_element(condition: Array) -> Array:
-    """Whether the condition holds in all batch elements of a step: one bool for a ``cond``.
-
-    Of a bool per element ``vmap`` would make a select, and run both branches. A collective over a
-    named axis of the ``vmap`` would do, too, but ``shard_map`` takes the name for one of its mesh.
-    """
-    return condition
-
-
-@in_every_element.def_vmap
-def _(_size: int, _batched: list[bool], condition: Array) -> tuple[Array, bool]:
-    return jnp.all(condition), False
-
-
 class Range(NamedTuple):
     """Positions first..last, both included."""
 

@@ -14,9 +14,9 @@ from jax import numpy as jnp
 
 import flash_jax
 from flash_jax._cli.bench.cases import CASES, WINDOW, Case
-from flash_jax._cli.bench.measure import alternate
 from flash_jax._cli.bench.report import environment
 from flash_jax._cli.bench.subjects import OURS, SUBJECTS, random_inputs
+from flash_jax._machine.timing import alternate
 
 # name: (one case, another, what the ratio of their times should be at the most or least)
 RATIOS = {

@@ -1,10 +1,10 @@
-"""``python -m flash_jax bench``: speed beside what a user would pick instead, on this machine.
+"""``python -m flash_jax bench`` measures speed beside what a user would pick instead.
 
-cases      shapes that models meet
+cases      the shapes that are measured, as models have them
 peers      attention of PyTorch, ONNX Runtime and OpenVINO
 subjects   what runs a case: this library, ``jax.nn`` and the peers
-measure    alternating rounds, and what the machine could do at best
+measure    all subjects in alternating rounds, and what the machine could do at best
 report     the table, JSON and a figure
 
-Nothing of it is imported by ``import flash_jax``.
+``import flash_jax`` imports none of these modules.
 """

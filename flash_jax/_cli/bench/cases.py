@@ -1,4 +1,4 @@
-"""What is measured: shapes that models meet, each with the reason it stands here."""
+"""The cases that are measured: shapes that models have, each with a reason."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Case(NamedTuple):
     H: int
     is_causal: bool = False
     options: dict[str, Any] = {}  # noqa: RUF012  further arguments of flash_attention
-    gradient: bool = False  # forward and backward
-    keys: int | None = None  # None: as many as queries
+    gradient: bool = False  # whether forward and backward are timed together
+    keys: int | None = None  # None means as many as queries
     dtype: str = "float32"
 
     @property
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether it has no options, no gradient, and as many key heads as query heads."""
+        """Whether the case has no options, no gradient, and as many key heads as query heads."""
         return not self.options and not self.gradient and self.N == self.K
 
     @property
@@ -39,7 +39,7 @@ class Case(NamedTuple):
         return self.T * (self.N // self.K) < 16
 
     def kept_pairs(self) -> float:
-        """Pairs of query and key of one head, over the batch."""
+        """Counts the pairs of query and key that one head keeps, over the whole batch."""
         if "query_segment_ids" in self.options:
             counts = np.unique(self.options["query_segment_ids"], return_counts=True)[1]
             return float(np.sum(counts * (counts + 1) / 2 if self.is_causal else counts**2))
@@ -52,17 +52,17 @@ class Case(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the matrix products over the kept pairs: two forward, five more backward."""
+        """Operations of the products over the kept pairs: two products, or seven with gradients."""
         return 2.0 * (7 if self.gradient else 2) * self.N * self.H * self.kept_pairs()
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values."""
+        """Bytes of keys and values."""
         return 2 * self.B * self.S * self.K * self.H * (2 if self.dtype == "bfloat16" else 4)
 
     @property
     def shape(self) -> str:
-        """For people: heads x length x size, with what else there is."""
+        """The shape as text: [batch x] heads x length x size."""
         heads = str(self.N) if self.N == self.K else f"{self.N}/{self.K}"
         length = str(self.T) if self.keys is None else f"{self.T} of {self.S}"
         batch = "" if self.B == 1 else f"{self.B} x "
@@ -70,13 +70,13 @@ class Case(NamedTuple):
 
 
 def packed(documents: int, length: int) -> dict[str, Any]:
-    """Segment ids of documents in a row."""
+    """Makes the segment ids of equally long documents in one sequence."""
     ids = np.repeat(np.arange(documents, dtype=np.int32), length)[None]
     return {"query_segment_ids": ids, "key_value_segment_ids": ids}
 
 
 def padded(lengths: list[int]) -> dict[str, Any]:
-    """Lengths of a padded batch."""
+    """Makes the lengths of a padded batch."""
     filled = np.array(lengths, np.int32)
     return {"query_seq_lengths": filled, "key_value_seq_lengths": filled}
 
@@ -108,10 +108,10 @@ CASES = {
     )
 }
 
-# The curve of a figure: how time grows with the length.
+# The figure draws a curve of the rate over these lengths.
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
 def of_length(T: int) -> Case:
-    """A case of the curve."""
+    """Makes a case of the figure's curve."""
     return Case(f"length-{T}", "scaling", 1, T, 8, 8, 64)

@@ -1,21 +1,19 @@
-"""Alternating rounds in one process, and what the machine could do at best."""
+"""All subjects on one case, in alternating rounds, and what the machine could do at best."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
+from ..._machine.timing import alternate
 from .cases import Case
 from .subjects import OURS, SUBJECTS, random_inputs
-
-Name = TypeVar("Name")
 
 _CHECKED_ROWS = 64
 _MATMUL = 2048
@@ -23,44 +21,41 @@ _MACHINE = "the machine"
 
 
 class Result(NamedTuple):
-    """One subject on one case."""
+    """What was measured of one subject on one case."""
 
-    seconds: np.ndarray  # of every round
+    seconds: np.ndarray  # (rounds,)
     compile_seconds: float | None
     temporary_bytes: int | None
-    error: float  # largest absolute difference from float64, over some rows
+    error: float  # largest absolute difference from the float64 result, over some rows
 
 
 class Comparison(NamedTuple):
-    """All subjects on one case."""
+    """What was measured of all subjects on one case."""
 
     case: Case
     results: dict[str, Result]
-    best: np.ndarray  # of every round: FLOP/s of XLA's matrix product, or bytes/s of a sum
+    best: np.ndarray  # (rounds,): FLOP/s of XLA's matrix product, or bytes/s of a sum
 
     @property
     def work(self) -> float:
-        """What ``best`` counts: operations, or bytes of keys and values."""
+        """The work that ``best`` counts: operations, or bytes of keys and values."""
         return self.case.nbytes if self.case.bound_by_memory else self.case.flops
 
     def rate(self, name: str) -> float:
-        """Operations or bytes per second."""
+        """Operations or bytes per second: the median over rounds."""
         return float(np.median(self.work / self.results[name].seconds))
 
     def of_best(self, name: str) -> float:
-        """The rate, as a share of the machine's best of the same rounds."""
+        """The rate as a share of the machine's best in the same round: the median over rounds."""
         return float(np.median(self.work / self.results[name].seconds / self.best))
 
     def ratio(self, name: str) -> float:
-        """How many times as long as flash_jax it takes: the median over rounds."""
+        """The time as a multiple of flash_jax's in the same round: the median over rounds."""
         return float(np.median(self.results[name].seconds / self.results[OURS].seconds))
 
 
 def compare(case: Case, rounds: int, names: Sequence[str] = tuple(SUBJECTS)) -> Comparison:
-    """Runs the subjects that do the case in alternation, after two runs of each that do not count.
-
-    Ratios are taken within rounds: noise of the machine hits both sides of a round alike.
-    """
+    """Measures the subjects that can do the case, and the machine's best, in alternating rounds."""
     inputs = random_inputs(case)
     found = {name: SUBJECTS[name](case, inputs) for name in names}
     subjects = {name: subject for name, subject in found.items() if subject is not None}
@@ -82,27 +77,14 @@ def compare(case: Case, rounds: int, names: Sequence[str] = tuple(SUBJECTS)) -> 
 
 
 def compare_alone(case: Case, rounds: int) -> Comparison:
-    """``compare`` in a process of its own: what one case leaves behind slows down the next."""
+    """Calls ``compare`` in a process of its own, since what a case leaves behind slows the next."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(compare, case, rounds).result()
 
 
-def alternate(runs: dict[Name, Callable[[], object]], rounds: int) -> dict[Name, np.ndarray]:
-    """Seconds of every run in every round, after two warm-ups."""
-    for run in (*runs.values(), *runs.values()):
-        run()
-    seconds = {name: np.empty(rounds) for name in runs}
-    for i in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name][i] = time.perf_counter() - start
-    return seconds
-
-
 def _best_of_machine(case: Case) -> tuple[Callable[[], object], float]:
-    """A run that does nothing but what bounds the case, and how much of that."""
+    """Makes a run that does only what bounds the case, and counts its operations or bytes."""
     if case.bound_by_memory:
         x = jnp.ones((case.nbytes // 4,), np.float32)
         total = jax.jit(jnp.sum)
@@ -118,7 +100,7 @@ def _checked_rows(case: Case) -> np.ndarray:
 
 
 def exact_rows(case: Case, rows: np.ndarray, q: Any, k: Any, v: Any) -> np.ndarray:
-    """Some rows of the float64 result, (B, rows, N, H)."""
+    """Computes some rows of the result in float64 NumPy, (B, rows, N, H)."""
     q, k, v = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (q, k, v))
     k, v = (np.repeat(x, case.N // case.K, axis=1) for x in (k, v))
     s = q[:, :, rows] @ np.swapaxes(k, -1, -2) / np.sqrt(case.H)

@@ -1,7 +1,8 @@
-"""What a user would pick instead: each peer's attention as a function that has everything bound.
+"""What a user would pick instead: attention of PyTorch, ONNX Runtime and OpenVINO.
 
-Every function takes a case and float32 arrays (B, T, N, H), and returns the run, whose result is
-the output heads first, or None where the peer is not installed or does not do the case.
+Each function takes a case, and float32 query (B, T, N, H), key and value (B, S, K, H). It binds
+them to a run, which takes nothing more and gives the output heads first, (B, N, T, H). Where
+the peer is not installed or can't do the case, the function returns None.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Run = Callable[[], np.ndarray]
 
 
 def optional(name: str) -> Any:
-    """The module, or None where it is not installed."""
-    # OpenVINO's import would report its use over the network, from a fork of this process.
+    """Imports a module, or gives None where it is not installed."""
+    # The import of OpenVINO would report its use over the network, from a fork of this process.
     sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
     try:
         return importlib.import_module(name)
@@ -29,18 +30,18 @@ def optional(name: str) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers that are installed."""
+    """Lists the versions of the peers that are installed."""
     modules = {name: optional(name) for name in ("torch", "onnxruntime", "openvino")}
     return {name: module.__version__ for name, module in modules.items() if module is not None}
 
 
 def heads_first(*arrays: Any) -> list[np.ndarray]:
-    """(B, N, T, H) of (B, T, N, H), each in one piece."""
+    """Turns arrays (B, T, N, H) into contiguous arrays (B, N, T, H)."""
     return [np.ascontiguousarray(np.swapaxes(np.asarray(x), 1, 2)) for x in arrays]
 
 
 def torch_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
-    """PyTorch's scaled_dot_product_attention; of a gradient case, with its backward pass."""
+    """Binds scaled_dot_product_attention, and its backward pass where the case has a gradient."""
     torch = optional("torch")
     if torch is None or set(case.options) - {"local_window_size"}:
         return None
@@ -63,7 +64,7 @@ def torch_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
 
 
 def onnxruntime_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
-    """ONNX Runtime, float32: MultiHeadAttention, or GroupQueryAttention of grouped heads."""
+    """Binds MultiHeadAttention, or GroupQueryAttention for grouped heads, in float32."""
     onnx, runtime = optional("onnx"), optional("onnxruntime")
     if onnx is None or runtime is None or case.options or case.gradient or case.dtype != "float32":
         return None
@@ -78,7 +79,7 @@ def onnxruntime_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
 
 
 def _group_query_attention(onnx: Any, runtime: Any, case: Case, q: Any, k: Any, v: Any) -> Run:
-    """A prompt: the cache is empty before it."""
+    """Binds GroupQueryAttention to a prompt, with an empty cache before it."""
     feeds = {
         name: np.asarray(x).reshape(*x.shape[:2], -1)
         for name, x in zip("qkv", (q, k, v), strict=True)
@@ -103,7 +104,7 @@ def _onnx_run(
     outputs: list[str],
     attributes: dict[str, int],
 ) -> Run:
-    """A session of one operator of ONNX Runtime's own, whose first output is (B, T, N H)."""
+    """Opens a session of one of ONNX Runtime's own operators; its first output is (B, T, N * H)."""
     kinds = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
     inputs = [
         onnx.helper.make_tensor_value_info(name, kinds[x.dtype.name], x.shape)
@@ -130,7 +131,7 @@ def _onnx_run(
 
 
 def openvino_attention(case: Case, q: Any, k: Any, v: Any, precision: str) -> Run | None:
-    """OpenVINO's ScaledDotProductAttention, computed in "f32" or "bf16"."""
+    """Binds ScaledDotProductAttention, computed in "f32" or "bf16"."""
     openvino = optional("openvino")
     if openvino is None or not case.plain or (precision == "f32" and case.dtype != "float32"):
         return None

@@ -1,4 +1,4 @@
-"""What was measured, as a table, as JSON and as a figure."""
+"""What was measured, shown as a table, as JSON and as a figure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _COLORS = {
 
 
 def environment() -> dict[str, str]:
-    """What the numbers hold for."""
+    """Lists the versions, the processor and the settings that the numbers hold for."""
     return dict(
         [
             *_info.versions(),
@@ -53,12 +53,12 @@ def environment() -> dict[str, str]:
 
 
 def title(case: Case) -> str:
-    """One line for the table of a case."""
+    """Writes the title of a case's table."""
     return f"{case.name}: {case.why}; {case.shape}, {case.dtype}"
 
 
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """The cells of a case's table, under ``HEADER``."""
+    """Makes the rows of a case's table, one for each subject, with the columns of ``HEADER``."""
     unit = "GB/s" if comparison.case.bound_by_memory else "GFLOP/s"
     table = []
     for name, result in comparison.results.items():
@@ -80,7 +80,7 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def as_json(comparisons: Sequence[Comparison]) -> str:
-    """Everything measured, every round included."""
+    """Writes everything measured, every round included, as JSON."""
     return json.dumps(
         {
             "environment": environment(),
@@ -115,7 +115,7 @@ def _entry(comparison: Comparison, name: str) -> dict[str, Any]:
 
 
 def save_plot(comparisons: Sequence[Comparison], curve: Sequence[Comparison], path: str) -> None:
-    """Saves bars of how long the others take, and the curve of the rate over the length."""
+    """Saves a figure: bars of the time relative to flash_jax, and the rate over the length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(comparisons)), dpi=150, layout="constrained")
@@ -132,7 +132,7 @@ def _legend(axes: Any) -> zip:
 
 
 def _draw_bars(axes: Any, comparisons: Sequence[Comparison]) -> None:
-    """Per case a group of bars, one per subject."""
+    """Draws a group of bars for each case, and in it one bar for each subject."""
     height = 0.8 / max(len(x.results) for x in comparisons)
     for i, comparison in enumerate(comparisons):
         for j, name in enumerate(comparison.results):
@@ -150,7 +150,7 @@ def _draw_bars(axes: Any, comparisons: Sequence[Comparison]) -> None:
 
 
 def _draw_curve(axes: Any, curve: Sequence[Comparison]) -> None:
-    """GFLOP/s over the length, a line per subject."""
+    """Draws GFLOP/s over the length, one line for each subject."""
     names = dict.fromkeys(name for x in curve for name in x.results)
     for name in names:
         points = [(x.case.T, x.rate(name) / 1e9) for x in curve if name in x.results]

@@ -23,14 +23,14 @@ OURS, OURS_INT8 = "flash_jax", "flash_jax int8"
 class Subject(NamedTuple):
     """One implementation on one case."""
 
-    run: Callable[[], object]  # returns when the result is there
-    output: Callable[[], np.ndarray]  # (B, T, N, H) of the forward pass
+    run: Callable[[], object]  # returns when the work is done
+    output: Callable[[], np.ndarray]  # gives the forward pass's output, (B, T, N, H)
     compile_seconds: float | None
     temporary_bytes: int | None
 
 
 def random_inputs(case: Case, seed: int = 0) -> list[Array]:
-    """Standard normal query, key and value of the case's dtype."""
+    """Draws query, key and value from a standard normal distribution, in the case's dtype."""
     rng = np.random.default_rng(seed)
     shapes = ((case.T, case.N), (case.S, case.K), (case.S, case.K))
     return [
@@ -39,7 +39,7 @@ def random_inputs(case: Case, seed: int = 0) -> list[Array]:
 
 
 def _of_jax(case: Case, function: Callable[..., Array], inputs: list[Array]) -> Subject:
-    """function of the inputs, or with it the gradient of its sum."""
+    """Compiles a function of the inputs, or for a gradient case also the gradient of its sum."""
     timed = function
     if case.gradient:
         timed = jax.value_and_grad(lambda *x: jnp.sum(function(*x)), (0, 1, 2))

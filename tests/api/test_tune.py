@@ -10,6 +10,7 @@ from flash_jax import BlockSizes, FlashAttentionConfig, flash_attention, tune
 from flash_jax._machine import tuned as _choices
 from flash_jax._machine.processor import machine
 from flash_jax._machine.tile_rule import Problem, fastest_blocks
+from flash_jax._machine.timing import alternate
 from flash_jax._machine.tuned import best_blocks, path, store, stored
 
 PROBLEM = Problem(47, 61, 5, heads=2, groups=1, masked=True)
@@ -82,6 +83,13 @@ def test_tune_measures_stores_and_shows_progress(options, capsys):
     int8 = "int8" in options
     causal = "is_causal" in options
     assert FlashAttentionConfig.auto(5, 47, 61, causal=causal, int8=int8).block_sizes == best
+
+
+def test_runs_alternate_after_two_of_each_that_do_not_count():
+    calls = []
+    seconds = alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert calls == ["a", "b"] * 5
+    assert [x.shape for x in seconds.values()] == [(3,), (3,)]
 
 
 def test_tune_keeps_the_fastest(monkeypatch):

@@ -26,7 +26,7 @@ def test_without_the_framework_the_extra_is_named(name, monkeypatch):
 
 def test_nothing_tells_to_install_a_package_of_this_name():
     """It is not published: whoever takes the name would be trusted by our own words."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     patterns = "*.md", "docs/*.md", "flash_jax/**/*.py", "notebooks/*.py", "notebooks/*.ipynb"
     files = [path for pattern in patterns for path in root.glob(pattern)]
     assert root / "README.md" in files

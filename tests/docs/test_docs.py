@@ -18,7 +18,7 @@ NAMES = [
     if not name.startswith("_") and not inspect.ismodule(x)
 ]
 # How masks answer the kernels, in terms of a QueryTile, which is not public.
-OF_THE_KERNELS = {"bind", "keep", "tiles", "read_keys"}
+OF_THE_KERNELS = {"bind", "keep", "padded", "read_keys", "tiles"}
 
 
 def routines(name):
@@ -38,7 +38,7 @@ def test_every_public_name_has_a_doctest(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_is_in_the_reference(name):
-    reference = Path(__file__).parents[1] / "docs" / "api.md"
+    reference = Path(__file__).parents[2] / "docs" / "api.md"
     listed = [line.split(":: ")[-1] for line in reference.read_text().splitlines() if ":: " in line]
     assert listed.count(name) == 1
 

@@ -1,4 +1,4 @@
-"""``python -m flash_jax bench``: what it measures is right, and where it goes."""
+"""``python -m flash_jax bench`` measures what it says, shows it and saves it."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 from oracle import attention
 
 from flash_jax.__main__ import main
+from flash_jax._cli import commands
 from flash_jax._cli.bench import measure, report
 from flash_jax._cli.bench.cases import CASES, Case, packed, padded
 from flash_jax._cli.bench.measure import compare, exact_rows
@@ -96,8 +97,8 @@ def test_names_of_cases_are_their_own():
 
 @pytest.fixture
 def small_cases(monkeypatch):
-    monkeypatch.setattr("flash_jax._cli.bench.cases.CASES", SMALL)
-    monkeypatch.setattr("flash_jax._cli.bench.cases.LENGTHS", (5, 9))
+    monkeypatch.setattr("flash_jax._cli.commands.CASES", SMALL)
+    monkeypatch.setattr("flash_jax._cli.commands.LENGTHS", (5, 9))
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -136,7 +137,7 @@ def test_list_shows_the_cases(capsys):
 def test_what_is_wrong_is_named_before_anything_is_measured(
     arguments, message, monkeypatch, capsys
 ):
-    monkeypatch.setattr(measure, "compare_alone", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(commands, "compare_alone", lambda *_: pytest.fail("measured"))
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
 

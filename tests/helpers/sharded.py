@@ -1,6 +1,6 @@
 """Every path under ``shard_map``, beside the unsharded call: run by ``test_sharding.py``.
 
-python tests/sharded.py long|short      prints a line per failure, then how many comparisons passed
+python tests/helpers/sharded.py long|short      prints failures, then how many comparisons passed
 """
 
 import functools

@@ -10,13 +10,12 @@ import pytest
 
 from flash_jax import __version__
 from flash_jax.__main__ import main
-from flash_jax._cli import demo as _demo
-from flash_jax._cli import info as _info
-from flash_jax._machine import processor as _machine
+from flash_jax._cli import demo, demo_view, info
+from flash_jax._machine import processor
 from flash_jax._machine.processor import DEFAULT_CACHES, Machine
 from flash_jax._tiles.tile import BlockSizes
 
-# No 8 bytes occur twice in it, so whoever has read it once knows how it goes on.
+# No 8 bytes occur twice in it, so 8 bytes tell how it goes on.
 WORDS = b"the cat sat on the mat, and a dog ran over some log; then it rained.\n"
 TEXT = (WORDS * 60)[:3001]
 
@@ -26,14 +25,14 @@ def as_bytes(text):
 
 
 def mixed_text(rng, n):
-    """n bytes with repetitions here and there."""
+    """Draws n bytes: a few words, each of which occurs often."""
     words = [rng.integers(97, 101, rng.integers(1, 6)) for _ in range(11)]
     picks = (words[i] for i in rng.integers(0, len(words), n))
     return np.concatenate([np.append(word, 32) for word in picks])[:n].astype(np.uint8)
 
 
 def nearest_byte_scores(data, context, byte):
-    """Scores of all bytes at positions 1.., float64, one position at a time."""
+    """Computes the scores of all bytes at positions 1.., in float64, one position at a time."""
     lags, size = context.shape[0], context.shape[-1]
     contexts = []
     for s in range(len(data)):
@@ -82,7 +81,7 @@ def no_run(monkeypatch):
     def fail(*_):
         raise AssertionError("computed before the options were checked")
 
-    monkeypatch.setattr(_demo, "measure", fail)
+    monkeypatch.setattr(demo, "measure", fail)
 
 
 # --- Prediction
@@ -90,9 +89,9 @@ def no_run(monkeypatch):
 
 def test_predictions_are_those_of_a_slow_float64_loop():
     data = mixed_text(np.random.default_rng(0), 257)
-    codes = _demo.random_codes(3)
+    codes = demo.random_codes(3)
     scores = nearest_byte_scores(data, *codes)
-    predicted = _demo.predict(data, codes, BlockSizes(48, 37))
+    predicted = demo.predict(data, codes, BlockSizes(48, 37))
     first, second = np.sort(scores)[:, :-3:-1].T
     clear = first - second > 1e-3
     assert clear.mean() > 0.9
@@ -105,9 +104,9 @@ def test_a_byte_changes_no_prediction_of_itself_or_of_an_earlier_one(changed):
     other = data.copy()
     other[changed:] = as_bytes(TEXT)[: 257 - changed]
     other[changed] = 200
-    codes = _demo.random_codes(0)
+    codes = demo.random_codes(0)
     # Entry i predicts byte i + 1.
-    before, after = (_demo.predict(x, codes, BlockSizes(48, 37))[:changed] for x in (data, other))
+    before, after = (demo.predict(x, codes, BlockSizes(48, 37))[:changed] for x in (data, other))
     np.testing.assert_array_equal(before, after)
 
 
@@ -115,8 +114,8 @@ def test_encoding_shows_a_position_neither_its_byte_nor_a_later_one():
     data = mixed_text(np.random.default_rng(2), 61)
     other = data.copy()
     other[23:] = 200
-    codes = _demo.random_codes(0)
-    before, after = _demo.encode(data, codes), _demo.encode(other, codes)
+    codes = demo.random_codes(0)
+    before, after = demo.encode(data, codes), demo.encode(other, codes)
     np.testing.assert_array_equal(before.q[:23], after.q[:23])  # row 22 predicts byte 23
     np.testing.assert_array_equal(before.k[:24], after.k[:24])  # key 23 is of the bytes before 23
     np.testing.assert_array_equal(before.v[:23], after.v[:23])
@@ -124,15 +123,15 @@ def test_encoding_shows_a_position_neither_its_byte_nor_a_later_one():
 
 @pytest.mark.parametrize("n", [2, 3, 8, 9, 10])
 def test_texts_shorter_than_the_context_are_predicted(n):
-    predicted = _demo.predict(as_bytes(b"a" * n), _demo.random_codes(0))
+    predicted = demo.predict(as_bytes(b"a" * n), demo.random_codes(0))
     assert predicted.tolist() == [ord("a")] * (n - 1)
 
 
 def test_block_sizes_and_seed_reach_the_computation(text_file):
-    data = _demo.read_text(text_file, 500)
+    data = demo.read_text(text_file, 500)
     blocks = BlockSizes(96, 1000)
     (first,), (again,), (seeded,) = (
-        _demo.measure(data, seed, blocks, lambda _: nullcontext()) for seed in (0, 0, 1)
+        demo.measure(data, seed, blocks, lambda _: nullcontext()) for seed in (0, 0, 1)
     )
     assert first.tiles == BlockSizes(96, 499)  # cut to the positions
     assert first.difference == again.difference
@@ -146,7 +145,7 @@ def test_measure_beats_the_baseline_and_agrees_with_jax_nn():
         steps.append(name)
         return nullcontext()
 
-    (result,) = _demo.measure(as_bytes(TEXT), 0, None, step)
+    (result,) = demo.measure(as_bytes(TEXT), 0, None, step)
     assert steps == ["encoding", "compiling", "attention", "decoding", "comparing"]
     assert result.positions == 3000
     assert result.accuracy > 0.9
@@ -161,7 +160,7 @@ def test_measure_beats_the_baseline_and_agrees_with_jax_nn():
 
 
 def test_int8_predicts_as_well():
-    floats, int8 = _demo.measure(
+    floats, int8 = demo.measure(
         as_bytes(TEXT), 0, None, lambda _: nullcontext(), ("float32", "int8")
     )
     assert (floats.products, int8.products) == ("float32", "int8")
@@ -176,7 +175,7 @@ def test_the_excerpt_marks_whole_characters_and_is_cut_to_the_width():
     text = "skipped\n\na\tb\x1b\n€uro 漢字".encode()
     right = np.ones(len(text), bool)
     right[text.index("€".encode()) + 1] = False  # one byte of three
-    lines = _demo.last_lines(as_bytes(text), right[1:], lines=2, columns=7)
+    lines = demo_view.last_lines(as_bytes(text), right[1:], lines=2, columns=7)
     assert ["".join(c.text for c in line) for line in lines] == ["a b ", "€uro 漢"]
     assert [c.right for c in lines[1]] == [False, True, True, True, True, True]
     assert lines[1][-1].cells == 2
@@ -184,7 +183,7 @@ def test_the_excerpt_marks_whole_characters_and_is_cut_to_the_width():
 
 def test_a_character_cut_by_the_end_is_not_shown():
     text = "ab€".encode()[:-1]
-    (line,) = _demo.last_lines(as_bytes(text), np.ones(len(text) - 1, bool), 3, 80)
+    (line,) = demo_view.last_lines(as_bytes(text), np.ones(len(text) - 1, bool), 3, 80)
     assert [(c.text, c.right) for c in line] == [("a", False), ("b", True)]
 
 
@@ -204,7 +203,7 @@ def test_demo_prints_accuracy_cost_and_text(text_file, capsys):
     for name in ("compile time", "run time", "speed", "temporary memory", "difference from jax.nn"):
         assert table[name]
     assert WORDS.decode() + "^" * (len(WORDS) - 1) + "\n" in out
-    # No progress, no escapes where no one watches.
+    # Progress and escapes are for terminals only.
     assert "..." not in out
     assert "\x1b" not in out
     assert err == ""
@@ -229,7 +228,7 @@ def test_max_bytes_cuts_and_one_block_size_serves_both_axes(text_file, capsys):
 def test_max_bytes_may_cut_a_character(tmp_path):
     path = tmp_path / "euro.txt"
     path.write_text("€€€", encoding="utf-8")
-    assert len(_demo.read_text(path, 4)) == 4
+    assert len(demo.read_text(path, 4)) == 4
 
 
 def test_progress_is_printed_on_a_terminal_without_rich(text_file, capsys, monkeypatch, no_module):
@@ -317,7 +316,7 @@ def test_an_unreadable_file_is_refused(text_file, capsys, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    # By hand, since permissions do not bind every user.
+    # The error is raised by hand, since permissions do not bind every user.
     monkeypatch.setattr(builtins, "open", refuse)
     assert main(["demo", text_file]) == 2
     assert f"{text_file!r}: Permission denied" in capsys.readouterr().err
@@ -385,7 +384,7 @@ def test_an_interrupt_ends_without_a_traceback(text_file, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_demo, "measure", interrupt)
+    monkeypatch.setattr(demo, "measure", interrupt)
     assert main(["demo", text_file]) == 130
 
 
@@ -416,8 +415,8 @@ def test_info_shows_versions_processor_and_tiles(rich, capsys, monkeypatch, no_m
 def test_tiles_are_those_of_auto():
     from flash_jax import FlashAttentionConfig
 
-    rows = {row[0]: row[1:] for row in _info.tiles()}
-    assert len(_info.tile_header()) == 5
+    rows = {row[0]: row[1:] for row in info.tiles()}
+    assert len(info.tile_header()) == 5
     config = FlashAttentionConfig.auto(64, 2048, 2048, causal=True)
     assert rows["2,048"][1] == f"{config.block_size_q} x {config.block_size_kv}"
 
@@ -435,24 +434,24 @@ def test_tiles_are_those_of_auto():
     ],
 )
 def test_vector_width_is_read_from_the_flags(flags, expected):
-    assert _info.vector_width(flags) == expected
+    assert info.vector_width(flags) == expected
 
 
 def test_assumed_caches_are_called_so():
-    rows = dict(_info.caches(Machine(3, *DEFAULT_CACHES, measured=False)))
+    rows = dict(info.caches(Machine(3, *DEFAULT_CACHES, measured=False)))
     assert rows["cores"] == "3"
     assert rows["L1 data cache, per core"].startswith("32 KiB (assumed")
     assert rows["L2 cache, per core"].startswith("1 MiB (assumed")
-    rows = dict(_info.caches(Machine(1, 49152, 2**21, 3 * 2**19, measured=True)))
+    rows = dict(info.caches(Machine(1, 49152, 2**21, 3 * 2**19, measured=True)))
     assert rows["L1 data cache, per core"] == "48 KiB"
     assert rows["L3 cache"] == "1.5 MiB"
 
 
 def test_processor_has_a_name_where_cpuinfo_has_none(tmp_path):
-    assert _machine._linux_processor(tmp_path / "missing") == ""
+    assert processor._linux_processor(tmp_path / "missing") == ""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
-    assert _machine._linux_processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
-    assert _machine.processor()
+    assert processor._linux_processor(tmp_path / "cpuinfo") == "Some CPU @ 2 GHz"
+    assert processor.processor()
 
 
 # --- The rest
@@ -482,8 +481,8 @@ def test_an_unknown_command_exits_2(capsys):
 
 def test_the_module_runs_and_the_package_does_not_import_it():
     code = (
-        "import sys, flash_jax; print([m for m in ('rich', 'matplotlib', "
-        "'flash_jax._cli.demo', 'flash_jax._cli.info', 'flash_jax.__main__') if m in sys.modules])"
+        "import sys, flash_jax; print([m for m in sys.modules if m.startswith("
+        "('rich.', 'matplotlib.', 'flash_jax._cli', 'flash_jax.__main__'))])"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout == "[]\n", loaded.stderr

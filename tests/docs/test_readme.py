@@ -1,4 +1,4 @@
-"""What README shows does what README says."""
+"""What the README and the documentation show does what they say."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,13 @@ from oracle import max_error
 
 import flash_jax
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+FRAMEWORKS = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text()
 
 
 def code_of(title):
-    """The Python of a section."""
-    (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    """The Python of a section of the page of frameworks."""
+    _, section = FRAMEWORKS.split(f"\n## {title}\n")
+    section, *_ = section.split("\n## ")
     return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
 
 

@@ -141,14 +141,12 @@ def test_the_residual_has_no_gradient_as_in_jax_nn(rng):
         np.testing.assert_array_equal(jax.grad(functools.partial(total, attend))(x[0]), 0)
 
 
-def test_the_signature_is_that_of_jax_nn():
+def test_the_signature_is_that_of_jax_nn_and_empty_rows():
     ours, theirs = (
-        inspect.signature(f).parameters.values()
+        [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
         for f in (flash_jax.dot_product_attention, jax.nn.dot_product_attention)
     )
-    assert [(p.name, p.kind, p.default) for p in ours] == [
-        (p.name, p.kind, p.default) for p in theirs
-    ]
+    assert ours == [*theirs, ("empty_rows", inspect.Parameter.KEYWORD_ONLY, "zero")]
 
 
 def layer(x, weights, mask):

@@ -22,8 +22,9 @@ from flash_jax import (
     block_schedule,
     flash_attention,
 )
-from flash_jax._checks.shapes import Sizes
-from flash_jax._masks.positions import ArrayMask, CombinedMask
+from flash_jax._checks.bind import Sizes
+from flash_jax._masks.arrays import ArrayMask
+from flash_jax._masks.base import CombinedMask
 
 B, N = 2, 3
 SIZES = [(4, 9), (11, 7)]

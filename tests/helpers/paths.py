@@ -122,6 +122,9 @@ PATHS = {
     "dropout": Path(
         model(dropout_rate=0.4, dropout_rng=jax.random.key(3), is_causal=True), per_shard=True
     ),
+    "broadcast dropout": Path(
+        model(dropout_rate=0.4, dropout_rng=jax.random.key(3), broadcast_dropout=True)
+    ),
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
     "INT8": Path(model(flash_attention_int8_with_lse), {"key_value_seq_lengths": "B"}),
     "kernels": Path(kernel),

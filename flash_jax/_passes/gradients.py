@@ -1,0 +1,112 @@
+"""Sums of gradients, to which every tile adds its part; where none is asked for, nothing is added.
+
+Those of keys and values are summed transposed, (B, K, H, S), in place: see ``backward``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax import numpy as jnp
+
+from .._tiles.load import put_tile, take_tile
+from .._tiles.tile import QueryTile
+from .operands import Differentiable, Dimensions, Operands
+from .plan import Plan
+from .scores import Local
+
+
+def gradient_shapes(operands: Operands, rows: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the gradients: as the operands', with first axes of ``rows``."""
+    of = {name: getattr(Differentiable.of(operands), name) for name in rows}
+    return {
+        name: jax.ShapeDtypeStruct((rows[name], *x.shape[1:]), x.dtype) for name, x in of.items()
+    }
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sums"], meta_fields=["plan"])
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    """The sums by the names of ``Differentiable``."""
+
+    sums: dict[str, Array]
+    plan: Plan
+
+    @classmethod
+    def start(cls, operands: Operands, plan: Plan, rows: dict[str, int]) -> Gradients:
+        """No sum yet. Rows: the operands to differentiate, and the first axis of each gradient."""
+        dtype = Dimensions.of(operands, plan).acc
+        shapes = gradient_shapes(operands, rows)
+        sums = {name: jnp.zeros(_summed(name, x, plan), dtype) for name, x in shapes.items()}
+        return cls(sums, plan)
+
+    def finish(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+        """The gradients, laid out as the operands and of their dtypes."""
+        sums = dict(self.sums)
+        for name in ("k", "v"):
+            if name in sums:
+                turned = jnp.swapaxes(sums[name], 2, 3)
+                sums[name] = jnp.moveaxis(turned, 2, self.plan.kv_layout.value)
+        return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
+
+    def add_keys(self, name: str, tile: QueryTile, j: Array, x: Array) -> Gradients:
+        """Adds x (heads, H, block_kv) at key tile j."""
+        return self._add(name, tile, (tile.head, jnp.int32(0), tile.kv.start(j)), x[None])
+
+    def add_queries(self, name: str, tile: QueryTile, x: Array) -> Gradients:
+        """Adds x (heads, rows, H) at the queries of the tile."""
+        if name not in self.sums:
+            return self
+        layout, heads, n = self.plan.layout, tile.heads * tile.groups, tile.head * tile.groups
+        row, start = tile.row_of(self.sums[name]), tile.q.start(tile.i)
+        old = take_tile(layout, self.sums[name], row, n, heads, start, tile.q.block)
+        x = (x + old.reshape(x.shape)).reshape(1, heads, tile.q.block, -1)
+        new = put_tile(layout, self.sums[name], x, row, n, start)
+        return self._replace(name, new)
+
+    def add_heads(self, name: str, tile: QueryTile, x: Array | None) -> Gradients:
+        """Adds x (query heads of the tile,) at those heads; None: nothing."""
+        if x is None:
+            return self
+        return self._add(name, tile, (tile.head * tile.groups,), x.reshape(1, -1))
+
+    def add_instance(self, name: str, tile: QueryTile, x: Array | None) -> Gradients:
+        """Adds a scalar at the batch element of the tile; None: nothing."""
+        return self if x is None else self._add(name, tile, (), x[None])
+
+    def add_local(self, tile: QueryTile, j: Array, local: Local) -> Gradients:
+        """Adds the gradients of the parameters that the logits of key tile j depend on."""
+        gradients = self.add_instance("soft_cap", tile, local.soft_cap)
+        gradients = gradients.add_heads("alibi_slopes", tile, local.alibi_slopes)
+        if "bias" not in self.sums or local.bias is None:
+            return gradients
+        starts = (tile.head * tile.groups, tile.q.start(tile.i), tile.kv.start(j))
+        starts = tuple(
+            jnp.where(size == 1, 0, start)
+            for size, start in zip(self.sums["bias"].shape[1:], starts, strict=True)
+        )
+        x = local.bias.reshape(1, -1, *local.bias.shape[2:])
+        return gradients._add("bias", tile, starts, x.astype(self.sums["bias"].dtype))
+
+    def _add(self, name: str, tile: QueryTile, start: tuple[Any, ...], x: Array) -> Gradients:
+        """Adds x to the part of a sum that begins at start in the tile's batch element."""
+        if name not in self.sums:
+            return self
+        at = (tile.row_of(self.sums[name]), *start)
+        old = lax.dynamic_slice(self.sums[name], at, x.shape)
+        return self._replace(name, lax.dynamic_update_slice(self.sums[name], old + x, at))
+
+    def _replace(self, name: str, x: Array) -> Gradients:
+        return Gradients(self.sums | {name: x}, self.plan)
+
+
+def _summed(name: str, x: Any, plan: Plan) -> tuple[int, ...]:
+    """Shape that a gradient is summed in: (B, K, H, S) for keys and values."""
+    if name not in ("k", "v"):
+        return x.shape
+    B, K, S, H = plan.kv_layout.sizes(x)
+    return B, K, H, S

@@ -1,0 +1,32 @@
+"""What a number format is to the passes: how it multiplies the tiles across from some queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from jax import Array
+
+from .._tiles.tile import QueryTile
+from . import online_softmax as online
+from .exp import exp
+
+
+class Products(NamedTuple):
+    """What the loop over the key tiles of one query tile multiplies."""
+
+    scores: Callable[[Array], Array]  # j -> scale * q . k, (heads, rows, block_kv)
+    values: Callable[[Array], Array]  # j -> v (heads, block_kv, Hv), or as weigh takes it
+    weigh: Callable[[Array, Array], Array]  # p (heads, rows, block_kv), v -> p v (heads, rows, Hv)
+    finish: Callable[[Array], Array]  # sums of p v (heads, rows, Hv) -> in the unit of the values
+    absorb: Callable[..., online.State] = online.absorb  # (state, s, v, weigh, exp) -> state
+    exp: Callable[[Array], Array] = exp
+    floats: bool = True  # values may be NaN or infinite
+
+
+class Format(Protocol):
+    """A frozen dataclass: it is compared, and compiled in."""
+
+    def products(self, operands: Any, plan: Any, tile: QueryTile) -> Products:
+        """The products of one tile of queries."""
+        ...

@@ -1,0 +1,125 @@
+"""The walk: over the tiles of queries, and over the key tiles that each of them may read.
+
+All passes walk alike. A step of the outer loop is one tile of queries of some heads, and of one or
+several batch elements; a step of the inner loop is one key tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.typing import ArrayLike
+
+from .._masks.schedule import visits
+from .._tiles.symbolic import as_int32, known
+from .._tiles.tile import Axis, QueryTile
+from .operands import Dimensions, Operands, varying_as
+from .plan import Plan
+
+C = TypeVar("C")
+
+
+def over_query_tiles(
+    operands: Operands,
+    plan: Plan,
+    step: Callable[[QueryTile, C], C],
+    carry: C,
+    copies: int,
+    several: bool = False,
+) -> C:
+    """Folds ``step`` over every tile of queries.
+
+    Args:
+        copies: how many arrays of a tile's scores live at once in a step.
+        several: whether a step can do several batch elements.
+    """
+    dims = Dimensions.of(operands, plan)
+    q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
+    groups = dims.N // dims.K
+    heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
+    elements = 1
+    if several and known(dims.rows) and kv.count == 1 and heads == dims.K:
+        scores, keys = dims.N * q.block * kv.block, dims.K * dims.S * (dims.H + dims.Hv)
+        elements = elements_per_step(plan.step_scores, dims.rows, scores * copies, keys)
+
+    def at(count: Array, carry: C) -> C:
+        row, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
+        group, i = jnp.divmod(count, as_int32(q.count))
+        row, batch = row * elements, (dims.rows, plan.elements)
+        at = (row, batch, row % as_int32(plan.elements), group * heads, heads, groups, i, elements)
+        return step(QueryTile(q, kv, *at), carry)
+
+    steps = dims.rows // elements * (dims.K // heads) * q.count
+    return _loop(np.int32(0), as_int32(steps), at, varying_as(operands, carry))
+
+
+def over_key_tiles(
+    operands: Operands, tile: QueryTile, step: Callable[[bool], Callable[[Array, C], C]], carry: C
+) -> C:
+    """Folds ``step(masked=False)`` over the full key tiles, then ``step(True)`` over the partial.
+
+    Skipped tiles, such as those above a causal diagonal, are not visited.
+    """
+    scores = operands.scores
+    carry = varying_as(operands, carry)
+    if tile.kv.count == 1:
+        return step(not scores.always_full(tile.kv))(jnp.int32(0), carry)
+    if scores.always_full(tile.kv):
+        return _loop(np.int32(0), as_int32(tile.kv.count), step(False), carry)
+    order, full, end = visits(scores.schedule_row(tile))
+
+    def at(masked: bool) -> Callable[[Array, C], C]:
+        visit = step(masked)
+        return lambda x, carry: visit(order[x], carry)
+
+    if not scores.always_partial:
+        carry = _loop(np.int32(0), full, at(False), carry)
+    return _loop(full, end, at(True), carry)
+
+
+def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry: C) -> C:
+    """Folds step(i, carry) over start..end-1.
+
+    Never a ``scan``: reverse mode through it would store every step, where it must be refused.
+    """
+    return lax.while_loop(
+        lambda x: x[0] < end, lambda x: (x[0] + 1, step(*x)), (jnp.asarray(start), carry)
+    )[1]
+
+
+def heads_per_step(step_scores: int, heads: int, scores: int) -> int:
+    """How many key/value heads share a step; divides ``heads``.
+
+    Args:
+        step_scores: how many scores a step should hold.
+        heads: key/value heads.
+        scores: scores that live at once of one key/value head.
+    """
+    return _divisor(heads, step_scores // scores)
+
+
+def elements_per_step(step_scores: int, elements: int, scores: int, keys: int) -> int:
+    """How many batch elements share a step; divides ``elements``.
+
+    All of them where their scores fit: their keys and values are then read where they lie, and not
+    copied. Else a step holds half as many scores as others do, for it holds all that belongs to
+    them, too.
+
+    Args:
+        step_scores: how many scores a step should hold.
+        elements: batch elements.
+        scores: scores that live at once of one of them.
+        keys: numbers in the keys and values of one of them.
+    """
+    if elements * scores <= step_scores:
+        return elements
+    return _divisor(elements, step_scores // 2 // max(scores, keys))
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of count that is at most ``most``, at least 1."""
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(1, most))

@@ -1,0 +1,93 @@
+"""What XLA:CPU must be told, to be exact or to be fast: the same numbers, written another way.
+
+Each function says what XLA does without it, and in which versions of jaxlib that was seen.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+
+def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
+    """a (..., M, K) times b, (..., K, N) or with K as the other ``axis``, summed in dtype: a's.
+
+    ``axis=-1`` multiplies by b transposed, without a copy of it. A transposed a would be copied,
+    since XLA's matmul library reads its left operand by rows only (0.10).
+    """
+    batch = tuple(range(a.ndim - 2))
+    dimensions = ((a.ndim - 1,), (b.ndim + axis,)), (batch, batch)
+    return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
+
+
+def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
+    """uint8 a (M, K) times int8 b, (N, K) or with K as the other ``axis``, in int32.
+
+    XLA converts both operands to int32 first, and multiplies several times slower, where the
+    precision is JAX's default, and where a has a single row (0.10, 0.12).
+    """
+    if a.shape[0] == 1:
+        return dot_u8_s8(jnp.concatenate([a, a]), b, axis)[:1]
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (axis,)), ((), ())),
+        precision=lax.DotAlgorithmPreset.DEFAULT,
+        preferred_element_type=np.int32,
+    )
+
+
+def rounded(x: Array) -> Array:
+    """A product x, rounded before it meets a sum, and computed once. -inf becomes the lowest float.
+
+    XLA computes a product twice: for its maximum m, and for ``a * b - m``. It may fuse the latter
+    into one rounding, and then the difference is not 0 at the maximum, but large where x is large
+    (0.10; not seen in 0.12). A select prevents both, and keeps NaN, which XLA's maximum may lose.
+    """
+    low = jnp.finfo(x.dtype).min
+    return jnp.where(x < low, low, x)
+
+
+def apart(x: Array) -> Array:
+    """x behind a select that changes nothing: XLA does not fuse the operations on its two sides.
+
+    Fused, each of these is slower (0.10, 0.12):
+        a transposition in a loop and what reads it, by up to two times
+        a transposition and a product of bytes, whose operands are then converted to int32
+        products and their sum over the first axis, by 4 to 10 times
+    """
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(jnp.isnan(x), jnp.nan, x)
+    most = np.array(jnp.iinfo(x.dtype).max, x.dtype)
+    return jnp.where(x > most - 1, most, x)
+
+
+def part_of(x: Array, part: slice, dtype: np.dtype) -> Array:
+    """x[part] in dtype, which is float32 where x is bfloat16.
+
+    XLA slices bfloat16 in float32, and converts all of x beforehand (0.10; not in 0.12). Sliced as
+    integers, only the part is converted.
+    """
+    if x.dtype != jnp.bfloat16:
+        return x[part].astype(dtype)
+    bits = lax.bitcast_convert_type(x, np.uint16)[part].astype(np.uint32)
+    return lax.bitcast_convert_type(bits << np.uint32(16), np.float32)
+
+
+@jax.custom_batching.custom_vmap
+def in_every_element(condition: Array) -> Array:
+    """Whether the condition holds in all elements of a ``vmap``: one bool for a ``cond``.
+
+    With a bool per element ``vmap`` turns the ``cond`` into a select, which runs both branches. A
+    collective over a named axis would do, too, but ``shard_map`` takes the name for one of its
+    mesh.
+    """
+    return condition
+
+
+@in_every_element.def_vmap
+def _(_size: int, _batched: list[bool], condition: Array) -> tuple[Array, bool]:
+    return jnp.all(condition), False
