@@ -87,8 +87,8 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
 
     A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
-    together. In a call without the axis B no array has it: lengths and offsets are scalars.
-    Options that are arrays may be lists.
+    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
+    are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.

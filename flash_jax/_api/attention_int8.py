@@ -87,34 +87,33 @@ def flash_attention_int8_with_lse(
 def flash_attention_int8(*args: Any, **kwargs: Any) -> Array:
     """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
 
-    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1];
-    values are quantized per channel. Every finite key and value that some query may read counts in
-    that mean and in the scales of the channels. So with causal attention later tokens can change
-    earlier outputs by rounding, and one that is far larger than the rest costs all others
-    precision. What no query may read does not count. Keys and values may come quantized, as a cache
-    holds them.
+    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1].
+    Values are quantized per channel. Keys and values that no query may read touch neither scales
+    nor mean. Every visible one contributes: with causal attention later tokens can change earlier
+    outputs by rounding, and one that is far larger than the rest costs the others precision. Keys
+    and values may come quantized, as a cache holds them.
 
     Arguments that are not named below are those of ``flash_attention``. There is no dropout.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16 or float16.
         key: (B, S, K, H), dtype of query; or a ``QuantizedArray`` whose scales are constant along H
-            (per tensor, head, row or block of rows) or along S (per channel). A ``QuantizedArray``
-            is used as it is: take the mean over keys out before you quantize them.
+            (per tensor, head, row or block of rows) or along S (per channel). Quantized keys are
+            used as they are: take out what shifts every key alike before quantizing.
         value: (B, S, K, Hv), as key. With uint8 probabilities its scales must be constant along S.
         probability_dtype: what probabilities are rounded to before they are multiplied by the
-            values. uint8, relative to the row's largest in each tile, is fastest; bfloat16 is
-            within 2/255 of ``max |v|`` for every input; float32 is exact. The bounds are derived
-            in ``flash_jax/_formats/int8.py``.
+            values. uint8, relative to the row's largest in each tile, is the fastest. bfloat16 is
+            within 2/255 of ``max |v|`` for every input. float32 is exact.
+            ``flash_jax._formats.int8`` derives the bounds.
         block_sizes: as ``flash_attention``. Longer tiles of keys make uint8 probabilities coarser.
 
     Returns:
         (B, T, N, Hv), dtype of query. A row that may read no key is zero. A NaN or an infinity in a
-        query, or in a visible key or value, gives NaN in all channels of every row that reads it,
-        and in its lse.
+        query, or in a visible key or value, makes lse and all channels NaN in the rows that read
+        it.
 
         Gradients are straight-through: those of ``flash_attention`` at the numbers that the
-        integers stand for, in linear memory. Quantized keys and values have theirs in the scales.
+        integers stand for, in linear memory. Quantized keys and values have them in their scales.
 
     Raises:
         ValueError: shapes, dtypes or ranges disagree; the message names the argument.
