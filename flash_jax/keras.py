@@ -22,8 +22,7 @@ try:
     import keras
 except ImportError as error:
     raise ImportError(
-        "flash_jax.keras needs Keras on JAX: pip install -e '.[keras]' and the environment variable "
-        "KERAS_BACKEND=jax"
+        "flash_jax.keras needs Keras (pip install -e '.[keras]') on JAX (KERAS_BACKEND=jax)"
     ) from error
 
 Model = TypeVar("Model", bound=keras.Layer)

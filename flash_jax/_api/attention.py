@@ -167,6 +167,7 @@ def _attend(
         key,
         bound.blocks,
         Layout.HEADS_LAST,
+        options.machine,
         options.dropout_rate,
         options.broadcast_dropout,
     )

@@ -202,8 +202,15 @@ def _in_integers(
         quantization, later = quantization._replace(q_shift=later), None
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
     assert options.probabilities is not None
-    sizes, layout = (query.shape[0], key.shape[1]), Layout.HEADS_LAST
-    plan = plan_int8(*sizes, blocks, layout, query.dtype, options.probabilities)
+    plan = plan_int8(
+        query.shape[0],
+        key.shape[1],
+        blocks,
+        Layout.HEADS_LAST,
+        query.dtype,
+        options.machine,
+        options.probabilities,
+    )
     out, lse = attention(operands, plan)
     if later is not None:
         # A row that reads no key keeps -inf, where later may be NaN.

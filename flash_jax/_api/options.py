@@ -24,6 +24,7 @@ from .._checks.numbers import (
     check_window,
 )
 from .._checks.shapes import accumulator
+from .._machine.processor import Machine, machine
 from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
 from .._machine.tuned import best_blocks, tuned
 from .._masks.arrays import ArrayMask
@@ -103,6 +104,7 @@ class Options(NamedTuple):
     is_causal: bool
     window: tuple[int | None, int | None] | None
     blocks: BlockSizes | None
+    machine: Machine
     batched: bool = True  # False: the call has no batch axis, and its arrays must have none
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False  # False where nothing is dropped
@@ -142,6 +144,7 @@ def check_options(
         window=check_window("local_window_size", local_window_size),
         blocks=None if block_sizes is None else as_block_sizes(block_sizes),
         batched=query.ndim == 4,
+        machine=machine(),
         tuned=tuned() if block_sizes is None else 0,
     )
 
