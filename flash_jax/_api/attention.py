@@ -1,4 +1,4 @@
-"""Attention of models."""
+"""Attention as models call it, with positions before heads, on floats."""
 
 from __future__ import annotations
 
@@ -12,122 +12,14 @@ from jax.typing import ArrayLike
 from .._checks.numbers import check_bool, check_dropout
 from .._checks.shapes import as_floats, check_qkv
 from .._masks.base import Mask
-from .._passes.dropout import bind_key
 from .._passes.operands import Operands
 from .._passes.primitives import attention
 from .._tiles.layout import Layout
 from .._tiles.load import heads_first
-from .options import Options, as_mask, bind_options, check_options
+from .batch_axis import with_batch_axis
+from .options import Arrays, Options, bind_options, check_options
 from .plan import plan_floats
-
-
-def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: Mask | ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike = 0,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-    broadcast_dropout: bool = False,
-    block_sizes: tuple[int, int] | None = None,
-) -> Array:
-    """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
-
-    A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
-    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
-    are arrays may be lists.
-
-    Args:
-        query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
-        key: (B, S, K, H), dtype of query. Query head n reads key/value head ``n // (N // K)`` [2].
-        value: (B, S, K, Hv), dtype of query.
-        bias: float, broadcastable to (B, N, T, S); added to the scores. -inf masks.
-        mask: bool, broadcastable to (B, N, T, S), True keeps the pair; or a ``Mask``. Tiles that it
-            empties are skipped.
-        scale: factor on the products, finite; a scalar or (B,); default ``1 / sqrt(H)``.
-        is_causal: query t reads keys 0..t + query_offset. For T = 2, S = 4 and query_offset 0 the
-            kept pairs are::
-
-                1 0 0 0
-                1 1 0 0
-        query_seq_lengths: int32 (B,): later queries are padding, and read no key.
-        key_value_seq_lengths: int32 (B,): later keys are padding, and are not read.
-        local_window_size: w or (left, right), >= 0 or None for an open side: query t reads keys
-            t + query_offset - left .. t + query_offset + right.
-        query_offset: int32, a scalar or (B,): position of query 0 among the keys. S - T aligns the
-            causal diagonal bottom-right; in decoding it is the length of the cache.
-        query_segment_ids: integers (B, T) or (T,): a query reads keys of its own segment.
-        key_value_segment_ids: integers (B, S) or (S,).
-        logits_soft_cap: c > 0, a scalar or (B,): a product x becomes c * tanh(x / c).
-        sinks: float (N,) or (B, N): one more logit per head, of value 0, in the denominator and in
-            lse [3].
-        alibi_slopes: float (N,) or (B, N): adds ``-slope * |t + query_offset - s|`` [4].
-        dropout_rate: in [0, 1): each probability is dropped at this rate, after the statistics
-            of the softmax, and the others divided by 1 - rate.
-        dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices
-            (batch element, head, t, s) alone.
-        broadcast_dropout: every batch element and head drops the same probabilities. Which ones
-            depends on dropout_rng and (t, s) alone.
-        block_sizes: positions per tile, queries and keys; default: the fastest known here. Changes
-            speed and rounding only; need not divide T or S.
-
-    Returns:
-        (B, T, N, Hv), dtype of query, summed in float32 (float64 for float64). A row that may read
-        no key is zero (``jax.nn.dot_product_attention`` returns the mean of value there). What is
-        masked changes nothing, NaN and inf included; a visible NaN shows.
-
-    Raises:
-        ValueError: shapes, dtypes or ranges disagree; the message names the argument.
-        TypeError: an argument is of the wrong kind.
-        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x = jnp.ones((1, 4, 2, 8))
-        >>> flash_attention(x, x, x, is_causal=True).shape
-        (1, 4, 2, 8)
-
-    References:
-        [1] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
-        [2] Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245
-        [3] Xiao et al., Attention sinks, 2023, section 3, https://arxiv.org/abs/2309.17453
-        [4] Press et al., ALiBi, 2021, section 3, https://arxiv.org/abs/2108.12409
-    """
-    return flash_attention_with_lse(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        block_sizes=block_sizes,
-    )[0]
+from .signature import same_arguments
 
 
 def flash_attention_with_lse(
@@ -169,49 +61,117 @@ def flash_attention_with_lse(
         (1, 2, 4)
     """
     query, key, value = as_floats(query=query, key=key, value=value)
-    arrays = {
-        "bias": bias,
-        "scale": scale,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "query_offset": query_offset,
-        "query_segment_ids": query_segment_ids,
-        "key_value_segment_ids": key_value_segment_ids,
-        "logits_soft_cap": logits_soft_cap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
     rate = check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng)
     alike = check_bool("broadcast_dropout", broadcast_dropout) and rate > 0
-    mask = as_mask(mask)
-    options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
-    return attention_of_floats(query, key, value, mask, arrays, dropout_rng, options, rate, alike)
+    arrays = Arrays(
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout_rng=dropout_rng,
+    ).checked()
+    options = check_options(query, is_causal, local_window_size, block_sizes)
+    options = options._replace(dropout_rate=rate, broadcast_dropout=alike)
+    return attention_of_floats(query, key, value, arrays, options)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "dropout_rate", "broadcast_dropout"))
+@same_arguments(flash_attention_with_lse)
+def flash_attention(*args: Any, **kwargs: Any) -> Array:
+    """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
+
+    A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
+    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
+    are arrays may be lists.
+
+    Args:
+        query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
+        key: (B, S, K, H), dtype of query. Query head n reads key/value head ``n // (N // K)`` [2].
+        value: (B, S, K, Hv), dtype of query.
+        bias: float, broadcastable to (B, N, T, S); added to the scores. -inf masks.
+        mask: bool, broadcastable to (B, N, T, S), True keeps the pair; or a ``Mask``. Tiles that it
+            empties are skipped.
+        scale: factor on the products, finite; a scalar or (B,); default ``1 / sqrt(H)``.
+        is_causal: query t reads keys 0..t + query_offset. For T = 2, S = 4 and query_offset 0 the
+            kept pairs are::
+
+                1 0 0 0
+                1 1 0 0
+        query_seq_lengths: int32 (B,): later queries are padding, and read no key.
+        key_value_seq_lengths: int32 (B,): later keys are padding, and are not read.
+        local_window_size: w or (left, right), >= 0 or None for an open side: query t reads keys
+            t + query_offset - left .. t + query_offset + right.
+        query_offset: int32, a scalar or (B,): position of query 0 among the keys. S - T aligns the
+            causal diagonal bottom-right. In decoding it is the length of the cache.
+        query_segment_ids: integers (B, T) or (T,): a query reads keys of its own segment.
+        key_value_segment_ids: integers (B, S) or (S,).
+        logits_soft_cap: c > 0, a scalar or (B,): a product x becomes c * tanh(x / c).
+        sinks: float (N,) or (B, N): one more logit per head, of value 0, in the denominator and in
+            lse [3].
+        alibi_slopes: float (N,) or (B, N): adds ``-slope * |t + query_offset - s|`` [4].
+        dropout_rate: in [0, 1): each probability is dropped at this rate, and the others are
+            divided by 1 - rate. The sum that normalises them, and lse, are those without dropout.
+        dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices
+            (batch element, head, t, s) only.
+        broadcast_dropout: every batch element and head drops the same probabilities. Which they are
+            depends on dropout_rng and (t, s) only.
+        block_sizes: queries and keys per tile; default: the fastest known here. They change speed
+            and rounding only, and need not divide T or S.
+
+    Returns:
+        (B, T, N, Hv), dtype of query, summed in float32 (float64 for float64). A row that may read
+        no key is zero (``jax.nn.dot_product_attention`` returns the mean of value there). What is
+        masked changes nothing, NaN and inf included. A visible NaN reaches the output.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges disagree; the message names the argument.
+        TypeError: an argument is of the wrong kind.
+        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> flash_attention(x, x, x, is_causal=True).shape
+        (1, 4, 2, 8)
+
+    References:
+        [1] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
+        [2] Ainslie et al., GQA, 2023, https://arxiv.org/abs/2305.13245
+        [3] Xiao et al., Attention sinks, 2023, section 3, https://arxiv.org/abs/2309.17453
+        [4] Press et al., ALiBi, 2021, section 3, https://arxiv.org/abs/2108.12409
+    """
+    return flash_attention_with_lse(*args, **kwargs)[0]
+
+
+@functools.partial(jax.jit, static_argnames="options")
 def attention_of_floats(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Mask | Array | None,
-    arrays: dict[str, Any],
-    dropout_rng: Array | None,
-    options: Options,
-    dropout_rate: float,
-    broadcast_dropout: bool = False,
+    query: Array, key: Array, value: Array, arrays: Arrays, options: Options
 ) -> tuple[Array, Array]:
+    """The output and lse, compiled once per shapes and ``options``."""
     check_qkv(query, key, value)
-    batched = query.ndim == 4
-    if not batched:
-        query, key, value = query[None], key[None], value[None]
-    bound = bind_options(mask, arrays, options, query, key, batched)
-    dropout_key = None
-    if dropout_rng is not None and dropout_rate:
-        dropout_key = bind_key(dropout_rng, 1 if broadcast_dropout else query.shape[0])
-    layout = Layout.HEADS_LAST
-    plan = plan_floats(query, key, bound.blocks, layout, dropout_rate, broadcast_dropout)
+    return with_batch_axis(_attend, query, key, value, arrays, options)
+
+
+def _attend(
+    query: Array, key: Array, value: Array, arrays: Arrays, options: Options
+) -> tuple[Array, Array]:
+    bound = bind_options(arrays, options, query, key)
+    plan = plan_floats(
+        query,
+        key,
+        bound.blocks,
+        Layout.HEADS_LAST,
+        options.machine,
+        options.dropout_rate,
+        options.broadcast_dropout,
+    )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)
-    operands = Operands(query, key, value, bound.scores, bound.sinks, dropout_key)
-    out, lse = attention(operands, plan)
-    return (out, lse) if batched else (out[0], lse[0])
+    operands = Operands(query, key, value, bound.scores, bound.sinks, bound.dropout_key)
+    return attention(operands, plan)

@@ -1,4 +1,4 @@
-"""Attention of models in 8 bits: float in, float out, quantized inside."""
+"""Attention as models call it, in 8 bits: floats in and out, quantized inside."""
 
 from __future__ import annotations
 
@@ -22,111 +22,10 @@ from .._passes.operands import Operands
 from .._passes.primitives import attention
 from .._tiles.layout import Layout
 from .attention import attention_of_floats
-from .options import Options, as_mask, bind_options, check_options
+from .batch_axis import with_batch_axis
+from .options import Arrays, Options, bind_options, check_options
 from .plan import plan_int8
-
-
-def flash_attention_int8(
-    query: ArrayLike,
-    key: ArrayLike | QuantizedArray,
-    value: ArrayLike | QuantizedArray,
-    bias: ArrayLike | None = None,
-    mask: Mask | ArrayLike | None = None,
-    *,
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike = 0,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    probability_dtype: DTypeLike = np.uint8,
-    block_sizes: tuple[int, int] | None = None,
-) -> Array:
-    """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
-
-    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1].
-    Values are quantized per channel. Keys and values that no query may read touch neither scales
-    nor mean. Every visible one contributes: with causal attention later tokens can change earlier
-    outputs by rounding, and one that is far larger than the rest costs the others precision. Keys
-    and values may come quantized, as a cache holds them.
-
-    Args:
-        query: (B, T, N, H) or (T, N, H), float32, bfloat16 or float16.
-        key: (B, S, K, H), dtype of query; or a ``QuantizedArray``, of scales that are constant
-            along H (per tensor, head, row or block of rows) or along S (per channel). Quantized
-            keys are used as they are: take out what shifts every key alike before quantizing.
-        value: (B, S, K, Hv), as key. With uint8 probabilities its scales must be constant along S.
-        bias: as ``flash_attention``, and so on.
-        mask: as there.
-        scale: as there.
-        is_causal: as there.
-        query_seq_lengths: as there.
-        key_value_seq_lengths: as there.
-        local_window_size: as there.
-        query_offset: as there.
-        query_segment_ids: as there.
-        key_value_segment_ids: as there.
-        logits_soft_cap: as there.
-        sinks: as there.
-        alibi_slopes: as there.
-        probability_dtype: what probabilities are rounded to before they meet the values. uint8,
-            relative to the row's largest in each tile, is the fastest. bfloat16 is within 2/255 of
-            ``max |v|`` for every input. float32 is exact. ``flash_jax._formats.int8`` derives the
-            bounds.
-        block_sizes: as there. Longer tiles of keys make uint8 probabilities coarser.
-
-    Returns:
-        (B, T, N, Hv), dtype of query. A row that may read no key is zero. A NaN or an infinity in a
-        query, or in a visible key or value, makes lse and all channels NaN in the rows that read
-        it.
-
-        Gradients are straight-through: those of ``flash_attention`` at the numbers that the
-        integers stand for, in linear memory. Quantized keys and values have them in their scales.
-
-    Raises:
-        ValueError: shapes, dtypes or ranges disagree; the message names the argument.
-        TypeError: an argument is of the wrong kind.
-        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from flash_jax import quantize
-        >>> x = jnp.ones((1, 4, 2, 8))
-        >>> flash_attention_int8(x, x, x, is_causal=True).shape
-        (1, 4, 2, 8)
-        >>> key = quantize(x, (1, 2, 1, None))  # a scale per two rows of a head
-        >>> flash_attention_int8(x, key, quantize(x, (1, None, 1, 1))).shape
-        (1, 4, 2, 8)
-
-    References:
-        [1] Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
-        [2] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
-    """
-    return flash_attention_int8_with_lse(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        probability_dtype=probability_dtype,
-        block_sizes=block_sizes,
-    )[0]
+from .signature import same_arguments
 
 
 def flash_attention_int8_with_lse(
@@ -155,7 +54,8 @@ def flash_attention_int8_with_lse(
     Args and Raises: as ``flash_attention_int8``.
 
     Returns:
-        The output, and lse (B, N, T), natural log, float32, with the mean of the keys put back.
+        The output, and lse (B, N, T), natural log, float32. It is that of the scores with the mean
+        of the keys in them.
 
     Example:
         >>> import jax.numpy as jnp
@@ -165,29 +65,82 @@ def flash_attention_int8_with_lse(
         (1, 2, 4)
     """
     query, key, value = _as_inputs(query, key, value)
-    arrays = {
-        "bias": bias,
-        "scale": scale,
-        "query_seq_lengths": query_seq_lengths,
-        "key_value_seq_lengths": key_value_seq_lengths,
-        "query_offset": query_offset,
-        "query_segment_ids": query_segment_ids,
-        "key_value_segment_ids": key_value_segment_ids,
-        "logits_soft_cap": logits_soft_cap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
-    mask = as_mask(mask)
-    options = check_options(arrays, mask, is_causal, local_window_size, block_sizes)
+    arrays = Arrays(
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    ).checked()
+    options = check_options(query, is_causal, local_window_size, block_sizes)
     probabilities = check_probability_dtype("probability_dtype", probability_dtype)
-    options = options._replace(probabilities=probabilities)
-    return _attention(query, key, value, mask, arrays, options)
+    return _attention(query, key, value, arrays, options._replace(probabilities=probabilities))
+
+
+@same_arguments(flash_attention_int8_with_lse)
+def flash_attention_int8(*args: Any, **kwargs: Any) -> Array:
+    """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
+
+    Queries and keys are quantized per row, after the mean over keys is taken out of the keys [1].
+    Values are quantized per channel. Keys and values that no query may read touch neither scales
+    nor mean. Every visible one contributes: with causal attention later tokens can change earlier
+    outputs by rounding, and one that is far larger than the rest costs the others precision. Keys
+    and values may come quantized, as a cache holds them.
+
+    Arguments that are not named below are those of ``flash_attention``. There is no dropout.
+
+    Args:
+        query: (B, T, N, H) or (T, N, H), float32, bfloat16 or float16.
+        key: (B, S, K, H), dtype of query; or a ``QuantizedArray`` whose scales are constant along H
+            (per tensor, head, row or block of rows) or along S (per channel). Quantized keys are
+            used as they are: take out what shifts every key alike before quantizing.
+        value: (B, S, K, Hv), as key. With uint8 probabilities its scales must be constant along S.
+        probability_dtype: what probabilities are rounded to before they are multiplied by the
+            values. uint8, relative to the row's largest in each tile, is the fastest. bfloat16 is
+            within 2/255 of ``max |v|`` for every input. float32 is exact.
+            ``flash_jax._formats.int8`` derives the bounds.
+        block_sizes: as ``flash_attention``. Longer tiles of keys make uint8 probabilities coarser.
+
+    Returns:
+        (B, T, N, Hv), dtype of query. A row that may read no key is zero. A NaN or an infinity in a
+        query, or in a visible key or value, makes lse and all channels NaN in the rows that read
+        it.
+
+        Gradients are straight-through: those of ``flash_attention`` at the numbers that the
+        integers stand for, in linear memory. Quantized keys and values have them in their scales.
+
+    Raises:
+        ValueError: shapes, dtypes or ranges disagree; the message names the argument.
+        TypeError: an argument is of the wrong kind.
+        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flash_jax import quantize
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> flash_attention_int8(x, x, x, is_causal=True).shape
+        (1, 4, 2, 8)
+        >>> key = quantize(x, (1, 2, 1, None))  # a scale per two rows of a head
+        >>> flash_attention_int8(x, key, quantize(x, (1, None, 1, 1))).shape
+        (1, 4, 2, 8)
+
+    References:
+        [1] Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
+        [2] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
+    """
+    return flash_attention_int8_with_lse(*args, **kwargs)[0]
 
 
 def _as_inputs(
     query: Any, key: Any, value: Any
 ) -> tuple[Array, Array | QuantizedArray, Array | QuantizedArray]:
-    """Floats of one dtype, and what is quantized already."""
+    """The three as arrays: floats of one dtype, and keys and values that are quantized already."""
     inputs = {"query": query, "key": key, "value": value}
     quantized = {
         name: check_quantized(name, x)
@@ -207,15 +160,14 @@ def _attention(
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
-    mask: Mask | Array | None,
-    arrays: dict[str, Any],
+    arrays: Arrays,
     options: Options,
 ) -> tuple[Array, Array]:
     check_qkv(query, key, value)
     _check_scales("key", key)
     _check_scales("value", value, probabilities=options.probabilities)
-    inputs = query, key, value, mask, arrays
-    return straight_through((options,), _in_integers, _at_integers, *inputs)
+    attend = functools.partial(straight_through, (options,), _in_integers, _at_integers)
+    return with_batch_axis(attend, query, key, value, arrays)
 
 
 def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> None:
@@ -239,13 +191,9 @@ def _in_integers(
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
-    mask: Mask | Array | None,
-    arrays: dict[str, Any],
+    arrays: Arrays,
 ) -> tuple[Array, Array]:
-    batched, dtype = query.ndim == 4, query.dtype
-    if not batched:
-        query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
-    bound = bind_options(mask, arrays, options, query, key, batched)
+    bound = bind_options(arrays, options, query, key)
     scores, blocks = bound.scores, summable("query", query.shape[-1], bound.blocks)
     integers = to_integers(query, key, value, scores.read_keys(query.shape[1], key.shape[1]))
     q, k, v, quantization = to_operands(integers, scores.scale)
@@ -254,12 +202,20 @@ def _in_integers(
         quantization, later = quantization._replace(q_shift=later), None
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
     assert options.probabilities is not None
-    sizes, layout = (query.shape[0], key.shape[1]), Layout.HEADS_LAST
-    plan = plan_int8(*sizes, blocks, layout, dtype, options.probabilities)
+    plan = plan_int8(
+        query.shape[0],
+        key.shape[1],
+        blocks,
+        Layout.HEADS_LAST,
+        query.dtype,
+        options.machine,
+        options.probabilities,
+    )
     out, lse = attention(operands, plan)
     if later is not None:
-        lse = jnp.where(jnp.isneginf(lse), lse, lse + later)  # of no key, whatever the query is
-    return (out, lse) if batched else (out[0], lse[0])
+        # A row that reads no key keeps -inf, where later may be NaN.
+        lse = jnp.where(jnp.isneginf(lse), lse, lse + later)
+    return out, lse
 
 
 def _at_integers(
@@ -267,24 +223,19 @@ def _at_integers(
     query: Array,
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
-    mask: Mask | Array | None,
-    arrays: dict[str, Any],
+    arrays: Arrays,
 ) -> tuple[Array, Array]:
     """Attention of the floats that the integers stand for, with derivatives straight through."""
-    batched, dtype = query.ndim == 4, query.dtype
-    if not batched:
-        query, key, value = jax.tree.map(lambda x: x[None], (query, key, value))
-    scores = bind_options(mask, arrays, options, query, key, batched).scores
+    scores = bind_options(arrays, options, query, key).scores
     read = scores.read_keys(query.shape[1], key.shape[1])
     still = lax.stop_gradient((query, key, value))
     exact = to_floats(to_integers(still[0], still[1], still[2], read))
 
     def through(x: Array | QuantizedArray, exact: Array) -> Array:
         x = dequantize(x) if isinstance(x, QuantizedArray) else x.astype(np.float32)
-        x = x + lax.stop_gradient(exact - x)
-        return x if batched else x[0]
+        return x + lax.stop_gradient(exact - x)
 
     q, k, v = map(through, (query, key, value), exact)
     options = options._replace(blocks=None, probabilities=None)  # the tiles of floats
-    out, lse = attention_of_floats(q, k, v, mask, arrays, None, options, 0.0)
-    return out.astype(dtype), lse
+    out, lse = attention_of_floats(q, k, v, arrays, options)
+    return out.astype(query.dtype), lse

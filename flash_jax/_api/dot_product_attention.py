@@ -34,16 +34,12 @@ def dot_product_attention(
     function runs this one.
 
     Args:
-        query: (B, T, N, H) or (T, N, H), and so on: as ``jax.nn.dot_product_attention``.
-        key: as there.
-        value: as there; its head size may differ.
-        bias: as there, of 0 to 4 axes.
-        mask: as there, of 0 to 4 axes.
-        scale: as there.
-        is_causal: as there.
-        query_seq_lengths: as there: (B,), or (1,) for a call without batch.
-        key_value_seq_lengths: as there.
-        local_window_size: as there.
+        query: (B, T, N, H) or (T, N, H).
+        value: (B, S, K, Hv) or (S, K, Hv). Its head size may differ from that of key.
+        bias: broadcastable to (B, N, T, S), of 0 to 4 axes.
+        mask: bool, alike.
+        query_seq_lengths: int32 (B,), or (1,) for a call without batch.
+        key_value_seq_lengths: alike.
         implementation: None or "xla"; both run this library.
         return_residual: also return the log-sum-exp of the scores, (B, T, N) or (T, N), in key's
             dtype, without a gradient.

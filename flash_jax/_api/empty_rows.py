@@ -1,7 +1,8 @@
 """Rows that may read no key, as ``jax.nn`` has them.
 
-Here such a row is zero. In ``jax.nn.dot_product_attention`` its scores are all the same large
-negative number, so its softmax is 1 / S for each key, masked or not: it is the mean of value.
+In this library such a row is zero. In ``jax.nn.dot_product_attention`` its scores are all the same
+large negative number, so its softmax is 1 / S for each key, masked or not, and the row is the mean
+of value.
 """
 
 from __future__ import annotations
@@ -32,6 +33,6 @@ def mean_in_empty_rows(
 
 
 def check_empty_rows(empty_rows: str) -> None:
-    """Checks the option of that name."""
+    """Checks the option ``empty_rows``."""
     if empty_rows not in ("zero", "mean"):
         raise ValueError(f"empty_rows must be 'zero' or 'mean'; it is {empty_rows!r}")

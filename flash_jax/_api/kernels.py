@@ -19,6 +19,7 @@ from .._checks.shapes import accumulator, as_floats, as_int8, check_kernel, chec
 from .._formats.int8 import summable
 from .._formats.smoothing import unsigned, zero_products
 from .._formats.straight_through import straight_through
+from .._machine.processor import Machine, machine
 from .._masks.positions import CausalMask
 from .._passes.operands import Operands, Quantization
 from .._passes.primitives import attention
@@ -61,7 +62,7 @@ def flash_attention_forward(
     q, k, v = as_floats(q=q, k=k, v=v)
     check_rank("q", q, "(T, H)", 2)
     check_kernel(config.head_dim, q, k, v)
-    return _attention(config, q[None], k[None], v[None])[0]
+    return _attention(config, machine(), q[None], k[None], v[None])[0]
 
 
 def flash_mha(config: FlashAttentionConfig, q: ArrayLike, k: ArrayLike, v: ArrayLike) -> Array:
@@ -96,7 +97,7 @@ def flash_mha(config: FlashAttentionConfig, q: ArrayLike, k: ArrayLike, v: Array
     q, k, v = as_floats(q=q, k=k, v=v)
     check_rank("q", q, "(N, T, H)", 3)
     check_kernel(config.head_dim, q, k, v)
-    return _attention(config, q, k, v)
+    return _attention(config, machine(), q, k, v)
 
 
 def flash_attention_forward_i8(
@@ -118,8 +119,8 @@ def flash_attention_forward_i8(
         k: (S, H) int8.
         v: (S, Hv) int8.
         q_scale: >= 0 and finite, a number or a traced scalar. ``quantize`` finds it.
-        k_scale: alike.
-        v_scale: alike.
+        k_scale: alike, of k.
+        v_scale: alike, of v.
         probability_dtype: as ``flash_attention_int8``.
 
     Returns:
@@ -149,7 +150,7 @@ def flash_attention_forward_i8(
     check_kernel(config.head_dim, q, k, v)
     scales = _as_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     dtype = check_probability_dtype("probability_dtype", probability_dtype)
-    return _attention_int8(config, dtype, q[None], k[None], v[None], *scales)[0]
+    return _attention_int8(config, machine(), dtype, q[None], k[None], v[None], *scales)[0]
 
 
 def flash_mha_i8(
@@ -170,10 +171,7 @@ def flash_mha_i8(
         q: (N, T, H) int8, which stands for ``q * q_scale``; H is ``config.head_dim``.
         k: (K, S, H) int8. Query head n reads key/value head ``n // (N // K)``.
         v: (K, S, Hv) int8.
-        q_scale: as ``flash_attention_forward_i8``, and so on.
-        k_scale: as there.
-        v_scale: as there.
-        probability_dtype: as there.
+        q_scale, k_scale, v_scale, probability_dtype: as ``flash_attention_forward_i8``.
 
     Returns:
         (N, T, Hv) float32, as ``flash_attention_forward_i8``.
@@ -194,7 +192,7 @@ def flash_mha_i8(
     check_kernel(config.head_dim, q, k, v)
     scales = _as_scales(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     dtype = check_probability_dtype("probability_dtype", probability_dtype)
-    return _attention_int8(config, dtype, q, k, v, *scales)
+    return _attention_int8(config, machine(), dtype, q, k, v, *scales)
 
 
 def _check_config(config: FlashAttentionConfig) -> None:
@@ -202,10 +200,10 @@ def _check_config(config: FlashAttentionConfig) -> None:
         raise TypeError(f"config must be a FlashAttentionConfig; it is {type(config).__name__}")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _attention(config: FlashAttentionConfig, q: Array, k: Array, v: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attention(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
-    plan = plan_floats(operands.q, operands.k, config.block_sizes, Layout.HEADS_FIRST)
+    plan = plan_floats(operands.q, operands.k, config.block_sizes, Layout.HEADS_FIRST, here)
     out, _ = attention(operands, plan)
     return out[0]
 
@@ -219,16 +217,19 @@ def _as_scales(**scales: ArrayLike) -> list[ArrayLike]:
     return [as_scale(name, x) for name, x in scales.items()]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _attention_int8(config: FlashAttentionConfig, probabilities: np.dtype, *arrays: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _attention_int8(
+    config: FlashAttentionConfig, here: Machine, probabilities: np.dtype, *arrays: Array
+) -> Array:
     *integers, q_scale, k_scale, v_scale = arrays
     scales = (jnp.asarray(x).astype(np.float32) for x in (q_scale, k_scale, v_scale))
-    static = config, probabilities
+    static = config, here, probabilities
     return straight_through(static, _in_integers, _at_integers, *integers, *scales)
 
 
 def _in_integers(
     config: FlashAttentionConfig,
+    here: Machine,
     probabilities: np.dtype,
     q: Array,
     k: Array,
@@ -248,12 +249,18 @@ def _in_integers(
     operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
     blocks = summable("q", q.shape[-1], config.block_sizes)
     dtype = np.dtype(np.float32)
-    plan = plan_int8(1, k.shape[1], blocks, Layout.HEADS_FIRST, dtype, probabilities)
+    plan = plan_int8(1, k.shape[1], blocks, Layout.HEADS_FIRST, dtype, here, probabilities)
     return attention(operands, plan)[0][0]
 
 
 def _at_integers(
-    config: FlashAttentionConfig, _: np.dtype, q: Array, k: Array, v: Array, *scales: Array
+    config: FlashAttentionConfig,
+    here: Machine,
+    _: np.dtype,
+    q: Array,
+    k: Array,
+    v: Array,
+    *scales: Array,
 ) -> Array:
     floats = (x.astype(np.float32) * scale for x, scale in zip((q, k, v), scales, strict=True))
-    return _attention(config, *floats)
+    return _attention(config, here, *floats)

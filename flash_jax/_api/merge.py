@@ -13,10 +13,10 @@ from .._checks.shapes import accumulator, as_floats, check_rank, check_shape
 
 
 def merge_attention(outputs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
-    """The attention over the union of disjoint sets of keys, from the attention over each.
+    """Computes attention over the union of disjoint sets of keys from attention over each set.
 
     With lse_i the log-sum-exp of part i and lse that of all,  out = sum_i exp(lse_i - lse) out_i.
-    Exact up to rounding. Where the call has sinks, give them to one part only.
+    The result is exact up to rounding. Give sinks to one part only.
 
     Args:
         outputs: arrays (B, T, N, H) or (T, N, H), all of one shape and float dtype.

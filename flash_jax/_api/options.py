@@ -1,4 +1,7 @@
-"""Options of model-level attention: checked, then bound as one mask and one rule for the scores."""
+"""The options of attention in models: checked, then bound as one mask and one rule for the scores.
+
+An option that may be traced is a field of ``Arrays``; one that is compiled in, of ``Options``.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,78 @@ from .._checks.numbers import (
     check_window,
 )
 from .._checks.shapes import accumulator
+from .._machine.processor import Machine, machine
 from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
 from .._machine.tuned import best_blocks, tuned
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
 from .._masks.positions import CausalMask, LengthMask, WindowMask
 from .._masks.segments import segments
+from .._passes.dropout import bind_key
 from .._passes.scores import Scores
 from .._tiles.symbolic import known
 from .._tiles.tile import BlockSizes
 
-_REALS = "scale", "logits_soft_cap"
+# The axes of these options; each may have B in front.
+_INTEGERS = {
+    "query_seq_lengths": "",
+    "key_value_seq_lengths": "",
+    "query_offset": "",
+    "query_segment_ids": "T",
+    "key_value_segment_ids": "S",
+}
+_REALS = {"scale": "", "logits_soft_cap": "", "sinks": "N", "alibi_slopes": "N"}
+
+
+class Arrays(NamedTuple):
+    """The options that may be traced, as a pytree. None: not given."""
+
+    bias: Any = None
+    mask: Any = None  # an array or a Mask
+    scale: Any = None
+    query_seq_lengths: Any = None
+    key_value_seq_lengths: Any = None
+    query_offset: Any = 0
+    query_segment_ids: Any = None
+    key_value_segment_ids: Any = None
+    logits_soft_cap: Any = None
+    sinks: Any = None
+    alibi_slopes: Any = None
+    dropout_rng: Any = None
+
+    def checked(self) -> Arrays:
+        """Checks what needs no shapes. Lists become arrays, before ``jit`` takes them apart."""
+        return Arrays(*map(_checked, self._fields, self))
+
+    def bound(self, sizes: Sizes, dtype: np.dtype) -> Arrays:
+        """Arrays that fit ``sizes``, whose first axis is B or 1. Real numbers get the dtype."""
+        bind = functools.partial(_bound, sizes=sizes, dtype=dtype)
+        return Arrays(*map(bind, self._fields, self))
+
+
+def _checked(name: str, x: Any) -> Any:
+    if name == "dropout_rng" or (name == "mask" and isinstance(x, Mask)):
+        return x
+    if name == "query_offset" and x is None:
+        raise TypeError("query_offset must be an integer or an array of them; it is None")
+    if name in ("scale", "logits_soft_cap"):
+        return as_reals(name, x, positive=name == "logits_soft_cap")
+    x = as_option(name, x)
+    if name != "mask":
+        check_integers(name, x)
+    return x
+
+
+def _bound(name: str, x: Any, sizes: Sizes, dtype: np.dtype) -> Any:
+    if x is None or name == "dropout_rng":
+        return x
+    if name == "mask":
+        return (x if isinstance(x, Mask) else ArrayMask(x)).bind(sizes)
+    if name == "bias":
+        return bind_scores(name, x, "floats", jnp.floating, sizes)
+    if name in _INTEGERS:
+        return bind_integers(name, x, _INTEGERS[name], sizes)
+    return bind_reals(name, x, _REALS[name], sizes).astype(dtype)
 
 
 class Options(NamedTuple):
@@ -40,6 +104,10 @@ class Options(NamedTuple):
     is_causal: bool
     window: tuple[int | None, int | None] | None
     blocks: BlockSizes | None
+    machine: Machine
+    batched: bool = True  # False: the call has no batch axis, and its arrays must have none
+    dropout_rate: float = 0.0
+    broadcast_dropout: bool = False  # False where nothing is dropped
     probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
     tuned: int = 0  # state of the tuned tiles: a call after a ``tune`` is traced anew
 
@@ -63,99 +131,64 @@ class Bound(NamedTuple):
 
     scores: Scores
     sinks: Array | None  # (B or 1, N)
+    dropout_key: Array | None  # (B or 1, 2)
     blocks: BlockSizes
 
 
 def check_options(
-    arrays: dict[str, Any], mask: Any, is_causal: Any, local_window_size: Any, block_sizes: Any
+    query: Array, is_causal: Any, local_window_size: Any, block_sizes: Any
 ) -> Options:
-    """Checks what needs no shapes.
-
-    Args:
-        arrays: the options that may be traced, by name. Lists among them are replaced by arrays.
-    """
-    if arrays["query_offset"] is None:
-        raise TypeError("query_offset must be an integer or an array of them; it is None")
-    for name, x in arrays.items():
-        if name in _REALS:
-            arrays[name] = as_reals(name, x, positive=name == "logits_soft_cap")
-        else:
-            arrays[name] = as_option(name, x)
-            check_integers(name, arrays[name])
-    as_mask(mask)
+    """Checks the options that every function has and that are compiled in."""
     return Options(
         is_causal=check_bool("is_causal", is_causal),
         window=check_window("local_window_size", local_window_size),
         blocks=None if block_sizes is None else as_block_sizes(block_sizes),
+        batched=query.ndim == 4,
+        machine=machine(),
         tuned=tuned() if block_sizes is None else 0,
     )
 
 
-def as_mask(mask: Any) -> Any:
-    """A ``Mask``, an array or None; lists become an array before ``jit`` takes them apart."""
-    return mask if isinstance(mask, Mask) else as_option("mask", mask)
-
-
-def bind_options(
-    mask: Mask | Array | None,
-    arrays: dict[str, Any],
-    options: Options,
-    query: Any,
-    key: Any,
-    batched: bool,
-) -> Bound:
-    """Options that fit query (B, T, N, H) and key (B, S, K, H); batched: not without B."""
+def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Bound:
+    """Checks that options fit query (B, T, N, H) and key (B, S, K, H), and binds them to these."""
     (B, T, N, H), S = query.shape, key.shape[1]
-    sizes, acc = Sizes(B, N, T, S, batched), accumulator(query.dtype)
-
-    def real(name: str, axes: str) -> Array | None:
-        x = arrays[name]
-        return None if x is None else bind_reals(name, x, axes, sizes).astype(acc)
-
-    scale, bias = real("scale", ""), arrays["bias"]
+    acc = accumulator(query.dtype)
+    arrays = arrays.bound(Sizes(B, N, T, S, options.batched), acc)
     scores = Scores(
-        scale=jnp.full((1,), 1 / math.sqrt(H), acc) if scale is None else scale,
-        mask=_one_mask(mask, arrays, options, sizes),
-        soft_cap=real("logits_soft_cap", ""),
-        alibi_slopes=real("alibi_slopes", "N"),
-        offset=bind_integers("query_offset", arrays["query_offset"], "", sizes),
-        bias=None if bias is None else bind_scores("bias", bias, "floats", jnp.floating, sizes),
+        scale=jnp.full((1,), 1 / math.sqrt(H), acc) if arrays.scale is None else arrays.scale,
+        mask=one_mask(arrays, options),
+        soft_cap=arrays.logits_soft_cap,
+        alibi_slopes=arrays.alibi_slopes,
+        offset=arrays.query_offset,
+        bias=arrays.bias,
     )
+    dropout_key = None
+    if options.dropout_rate and arrays.dropout_rng is not None:
+        dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
     blocks = options.blocks
     if blocks is None:
         masked = scores.mask is not None
         blocks = best_blocks(options.problem(query, key, masked))
-    return Bound(scores, real("sinks", "N"), blocks)
+    return Bound(scores, arrays.sinks, dropout_key, blocks)
 
 
-def _one_mask(
-    mask: Mask | Array | None, arrays: dict[str, Any], options: Options, sizes: Sizes
-) -> Mask | None:
-    """The masking options as one bound mask."""
-
-    def integers(name: str, axes: str) -> Array | None:
-        x = arrays[name]
-        return None if x is None else bind_integers(name, x, axes, sizes)
-
+def one_mask(bound: Arrays, options: Options) -> Mask | None:
+    """The masking options as one bound mask; None where there are none."""
     masks: list[Mask] = []
-    offset = bind_integers("query_offset", arrays["query_offset"], "", sizes)
     if options.is_causal:
-        masks.append(CausalMask(offset))
+        masks.append(CausalMask(bound.query_offset))
     if options.window is not None:
-        masks.append(WindowMask(*options.window, offset))
-    lengths = [integers(name, "") for name in ("query_seq_lengths", "key_value_seq_lengths")]
-    if lengths != [None, None]:
+        masks.append(WindowMask(*options.window, bound.query_offset))
+    lengths = bound.query_seq_lengths, bound.key_value_seq_lengths
+    if any(x is not None for x in lengths):
         masks.append(LengthMask(*lengths))
-    q_ids = integers("query_segment_ids", "T")
-    kv_ids = integers("key_value_segment_ids", "S")
+    q_ids, kv_ids = bound.query_segment_ids, bound.key_value_segment_ids
     if (q_ids is None) != (kv_ids is None):
         given, missing = "query_segment_ids", "key_value_segment_ids"
         given, missing = (given, missing) if kv_ids is None else (missing, given)
         raise ValueError(f"{missing} must be given where {given} is")
-    if q_ids is not None and kv_ids is not None:
+    if q_ids is not None:
         masks.append(segments(q_ids, kv_ids))
-    if isinstance(mask, Mask):
-        masks.append(mask.bind(sizes))
-    elif mask is not None:
-        masks.append(ArrayMask(mask).bind(sizes))
+    if bound.mask is not None:
+        masks.append(bound.mask)
     return functools.reduce(operator.and_, masks) if masks else None

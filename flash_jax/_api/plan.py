@@ -15,7 +15,7 @@ from .._checks.shapes import accumulator
 from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
 from .._formats.int8 import Int8
-from .._machine.processor import machine
+from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Plan
 from .._passes.walk import heads_per_step
@@ -29,6 +29,7 @@ def plan_floats(
     key: Any,
     blocks: BlockSizes,
     layout: Layout,
+    here: Machine,
     dropout_rate: float = 0.0,
     broadcast_dropout: bool = False,
 ) -> Plan:
@@ -37,6 +38,7 @@ def plan_floats(
     Args:
         query: with a batch axis, laid out as ``layout`` says.
         key: alike.
+        here: the machine that the call is compiled for.
     """
     B, N, T, _ = layout.sizes(query)
     _, K, S, _ = layout.sizes(key)
@@ -44,9 +46,9 @@ def plan_floats(
     read_once = known(T) and blocks.q >= T
     kv_layout = layout if read_once else Layout.HEADS_FIRST
     dtype = accumulator(query.dtype)
-    if query.dtype == jnp.bfloat16 and machine().bfloat16:
+    if query.dtype == jnp.bfloat16 and here.bfloat16:
         dtype = np.dtype(jnp.bfloat16)
-    q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(machine()) // 4
+    q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(here) // 4
     number_format = Floats(dtype)
     if kv_layout is Layout.HEADS_LAST and 0 not in (K, T, S):
         rows = N // K * q.block
@@ -72,6 +74,7 @@ def plan_int8(
     blocks: BlockSizes,
     layout: Layout,
     dtype: np.dtype,
+    here: Machine,
     probabilities: np.dtype,
 ) -> Plan:
     """The plan for integers.
@@ -80,6 +83,7 @@ def plan_int8(
         elements: B.
         S: keys.
         dtype: of the output.
+        here: the machine that the call is compiled for.
         probabilities: what they are rounded to.
     """
     return Plan(
@@ -89,6 +93,6 @@ def plan_int8(
         elements=elements,
         dtype=dtype,
         format=Int8(probabilities),
-        step_scores=score_bytes(machine()) // 4,
+        step_scores=score_bytes(here) // 4,
         fused=Axis.of(S, blocks.kv).block <= FUSED_KEYS,
     )

@@ -12,7 +12,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .._checks.numbers import check_bool, check_probability_dtype, check_window, positive_integer
+from .._checks.bind import Sizes
+from .._checks.numbers import check_bool, check_probability_dtype, positive_integer
 from .._formats.quantized import QuantizedArray
 from .._machine.processor import machine
 from .._machine.tile_rule import Problem, fastest_blocks, score_bytes
@@ -21,16 +22,8 @@ from .._machine.tuned import store
 from .._tiles.tile import BlockSizes
 from .attention import flash_attention
 from .attention_int8 import flash_attention_int8
-from .options import Options
+from .options import Arrays, check_options, one_mask
 
-_MASKING = (
-    "mask",
-    "query_seq_lengths",
-    "key_value_seq_lengths",
-    "local_window_size",
-    "query_segment_ids",
-    "key_value_segment_ids",
-)
 _LENGTHS = (128, 256, 512, 1024, 2048)
 _FINALISTS = 4
 _WORTHWHILE = 1.02  # times faster than the rule's tiles; less is noise
@@ -63,19 +56,19 @@ def tune(
         key: (B, S, K, H).
         value: (B, S, K, Hv).
         int8: tune ``flash_attention_int8``.
-        rounds: how often the fastest candidates are measured in turn.
-        options: further arguments of the function.
+        rounds: how often the fastest candidates are measured, in turn.
+        options: further arguments of the function that is tuned.
 
     Returns:
         The tiles that later calls use.
 
     Raises:
-        TypeError: called under ``jit`` or another transformation, or an argument is of the wrong
-            kind.
+        TypeError: it is called under ``jit`` or another transformation, or an argument is of the
+            wrong kind.
         ValueError: as ``flash_attention``.
 
     Warns:
-        UserWarning: the choice can't be written, and lasts for this process only.
+        UserWarning: the choice can't be written, so it lasts for this process only.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,15 +98,18 @@ def tune(
     return best
 
 
-def _problem(query: Any, key: Any, int8: bool, options: dict[str, Any]) -> Problem:
-    is_causal = bool(options.get("is_causal"))
-    window = check_window("local_window_size", options.get("local_window_size"))
+def _problem(query: Any, key: Any, int8: bool, given: dict[str, Any]) -> Problem:
+    """What the choice of tiles for the call depends on."""
     probabilities = None
     if int8:
-        given = options.get("probability_dtype", np.uint8)
-        probabilities = check_probability_dtype("probability_dtype", given)
-    masked = is_causal or any(options.get(name) is not None for name in _MASKING)
-    return Options(is_causal, window, None, probabilities).problem(query, key, masked)
+        dtype = given.get("probability_dtype", np.uint8)
+        probabilities = check_probability_dtype("probability_dtype", dtype)
+    options = check_options(
+        query, given.get("is_causal", False), given.get("local_window_size"), None
+    )._replace(probabilities=probabilities)
+    arrays = Arrays(**{name: x for name, x in given.items() if name in Arrays._fields}).checked()
+    mask = jax.eval_shape(lambda: one_mask(arrays.bound(Sizes(), np.dtype(np.float32)), options))
+    return options.problem(query, key, masked=mask is not None)
 
 
 def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:

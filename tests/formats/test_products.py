@@ -10,17 +10,15 @@ from options import OPTIONS, random_inputs
 from oracle import assert_within_bound, attention
 
 from flash_jax import flash_attention_with_lse
-from flash_jax._api import plan
+from flash_jax._api import options
 from flash_jax._machine import processor as _machine
 
 
 @pytest.fixture(params=[True, False], ids=["multiplies bfloat16", "does not"])
 def multiplies_bfloat16(request, monkeypatch):
     here = _machine.machine()._replace(bfloat16=request.param)
-    monkeypatch.setattr(plan, "machine", lambda: here)
-    jax.clear_caches()
-    yield request.param
-    jax.clear_caches()
+    monkeypatch.setattr(options, "machine", lambda: here)
+    return request.param
 
 
 @pytest.mark.parametrize("name", ["none", "everything"])
