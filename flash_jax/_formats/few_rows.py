@@ -51,7 +51,7 @@ def _streaming_products(
     def positions(x: Array, j: Array) -> Array:
         """(block_kv, heads, H) of key tile j."""
         start, size = tile.kv.start(j), tile.kv.block
-        return slice_tile(plan.kv_layout, x, tile.row_of(x), tile.head, tile.heads, start, size)
+        return slice_tile(plan.kv_layout, x, tile.entry_of(x), tile.head, tile.heads, start, size)
 
     def scores(j: Array) -> Array:
         k = positions(operands.k, j).astype(dtype)
@@ -70,7 +70,7 @@ def _streaming_products(
         finite = in_every_element(jnp.isfinite(jnp.sum(together * 0)))
         s = lax.cond(finite, lambda: together, mend)
         s = s.T.reshape(tile.heads, tile.rows, tile.kv.block)
-        return s if dtype == acc else rounded(s * tile.of_element(operands.scores.scale))
+        return s if dtype == acc else rounded(s * tile.of_instance(operands.scores.scale))
 
     return Products(
         scores=scores,

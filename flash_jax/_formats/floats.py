@@ -42,7 +42,7 @@ class Floats:
 
 def _bfloat16_products(operands: Operands, plan: Plan, tile: QueryTile) -> Products:
     dtype = jnp.dtype(jnp.bfloat16)
-    q, scale = q_tile(plan, tile, operands.q, dtype), tile.of_element(operands.scores.scale)
+    q, scale = q_tile(plan, tile, operands.q, dtype), tile.of_instance(operands.scores.scale)
 
     def scores(j: Array) -> Array:
         k = kv_tile(plan, tile, operands.k, j, dtype)

@@ -90,7 +90,7 @@ def _int8_products(
     def finish(o: Array) -> Array:
         if not per_channel:
             return o
-        return o * lax.dynamic_slice_in_dim(tile.of_element(v_scale), tile.head, tile.heads)
+        return o * lax.dynamic_slice_in_dim(tile.of_instance(v_scale), tile.head, tile.heads)
 
     products = Products(scores, values, online.dot, finish, floats=False)
     if probabilities == np.float32:

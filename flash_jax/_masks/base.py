@@ -199,6 +199,6 @@ def first_tile(
     if B > 1 and batch >= B:
         raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")
     B = max(B, batch + 1)
-    row = jnp.int32(batch)
-    at = (row, (B, B), row, jnp.int32(head), 1, 1, jnp.int32(0))
+    element = jnp.int32(batch)
+    at = (element, B, element, B, jnp.int32(head), 1, 1, jnp.int32(0))
     return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)

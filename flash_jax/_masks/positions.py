@@ -37,10 +37,10 @@ class CausalMask(Mask):
     offset: ArrayLike = 0
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        return tile.s(j) <= tile.t + tile.of_element(self.offset)
+        return tile.s(j) <= tile.t + tile.of_instance(self.offset)
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset = tile.of_element(self.offset)
+        offset = tile.of_instance(self.offset)
         t, s = tile.queries, tile.keys
         return s.first <= t.last + offset, s.last <= t.first + offset
 
@@ -79,11 +79,11 @@ class WindowMask(Mask):
             object.__setattr__(self, name, window_side(name, getattr(self, name)))
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        s, t = tile.s(j), tile.t + tile.of_element(self.offset)
+        s, t = tile.s(j), tile.t + tile.of_instance(self.offset)
         return _inside(self, Range(s, s), Range(t, t))
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        offset, s = tile.of_element(self.offset), tile.keys
+        offset, s = tile.of_instance(self.offset), tile.keys
         first, last = tile.queries.first + offset, tile.queries.last + offset
         some = _inside(self, Range(s.last, s.first), Range(first, last))
         return some, _inside(self, s, Range(last, first))
@@ -138,9 +138,9 @@ def _both_exist(mask: LengthMask, tile: QueryTile, t: Array, s: Array) -> Array:
     """Whether query t and key s exist."""
     exist = jnp.full_like(s, True, dtype=bool)
     if mask.q is not None:
-        exist = exist & (t < tile.of_element(mask.q))
+        exist = exist & (t < tile.of_instance(mask.q))
     if mask.kv is not None:
-        exist = exist & (s < tile.of_element(mask.kv))
+        exist = exist & (s < tile.of_instance(mask.kv))
     return exist
 
 
@@ -161,10 +161,10 @@ class PrefixMask(Mask):
     n: ArrayLike
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        return tile.s(j) < tile.of_element(self.n)
+        return tile.s(j) < tile.of_instance(self.n)
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        n = tile.of_element(self.n)
+        n = tile.of_instance(self.n)
         return tile.keys.first < n, tile.keys.last < n
 
     def read_keys(self, T: int, S: int) -> Array:

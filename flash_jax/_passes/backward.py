@@ -36,21 +36,21 @@ def backward(
     d_out: Array,
     d_lse: Array,
     plan: Plan,
-    rows: dict[str, int],
+    entries: dict[str, int],
 ) -> dict[str, Array]:
     """Gradients of some operands.
 
     Args:
         d_out: of the output, shaped as it.
         d_lse: of lse, (B, N, T).
-        rows: the operands to differentiate, and the first axis of each gradient. Where it is less
-            than that of the output, the gradient is summed over the rows that share an entry.
+        entries: the operands to differentiate, and the first axis of each gradient. Where that is
+            less than the output's, the gradient is summed over the instances that share an entry.
     """
-    gradients = Gradients.start(operands, plan, rows)
+    gradients = Gradients.start(operands, plan, entries)
     if not Dimensions.of(operands, plan).empty:
         step = functools.partial(backward_tile, operands, results, d_out, d_lse, plan)
         gradients = over_query_tiles(operands, plan, step, gradients, copies=3)
-    return gradients.finish(gradient_shapes(operands, rows))
+    return gradients.finish(gradient_shapes(operands, entries))
 
 
 def backward_tile(

@@ -48,7 +48,7 @@ def drop(
         rate: in [0, 1).
         every_head: whether all heads drop the same.
     """
-    k0, k1 = tile.of_element(key)
+    k0, k1 = tile.of_instance(key)
     n = np.uint32(0) if every_head else tile.n.astype(np.uint32)
     row = threefry((k0, k1), (n, tile.t.astype(np.uint32)))
     kept = mix(row, tile.s(j).astype(np.uint32)) >= np.uint32(rate * 2**32)

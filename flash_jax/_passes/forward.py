@@ -34,8 +34,8 @@ class Results(NamedTuple):
 def forward_shapes(operands: Operands, plan: Plan) -> Results:
     """Shapes and dtypes of the results."""
     dims = Dimensions.of(operands, plan)
-    rows = jax.ShapeDtypeStruct((dims.rows, dims.N, dims.T), dims.acc)
-    out = plan.layout.axes(dims.rows, dims.N, dims.T, dims.Hv)
+    rows = jax.ShapeDtypeStruct((dims.instances, dims.N, dims.T), dims.acc)
+    out = plan.layout.axes(dims.instances, dims.N, dims.T, dims.Hv)
     return Results(jax.ShapeDtypeStruct(tuple(out), plan.dtype), rows, rows, rows)  # pyright: ignore
 
 
@@ -54,13 +54,13 @@ def forward(operands: Operands, plan: Plan) -> Results:
         state = tile.each(lambda tile, operands: forward_tile(operands, plan, tile), operands)
         out, lse = online.finish(state)
         n, t = tile.head * tile.groups, tile.q.start(tile.i)
-        shape = (tile.elements, tile.heads * tile.groups, tile.q.block)
+        shape = (tile.together, tile.heads * tile.groups, tile.q.block)
         out = out.reshape(*shape, dims.Hv).astype(plan.dtype)
         rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
         return Results(
-            put_tile(plan.layout, results.out, out, tile.row, n, t),
+            put_tile(plan.layout, results.out, out, tile.instance, n, t),
             *(
-                lax.dynamic_update_slice(x, new, (tile.row, n, t))
+                lax.dynamic_update_slice(x, new, (tile.instance, n, t))
                 for x, new in zip(results[1:], rows, strict=True)
             ),
         )

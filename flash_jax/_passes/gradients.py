@@ -20,11 +20,11 @@ from .plan import Plan
 from .scores import Local
 
 
-def gradient_shapes(operands: Operands, rows: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the gradients: as the operands', with first axes of ``rows``."""
-    of = {name: getattr(Differentiable.of(operands), name) for name in rows}
+def gradient_shapes(operands: Operands, entries: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the gradients: as the operands', with first axes of ``entries``."""
+    of = {name: getattr(Differentiable.of(operands), name) for name in entries}
     return {
-        name: jax.ShapeDtypeStruct((rows[name], *x.shape[1:]), x.dtype) for name, x in of.items()
+        name: jax.ShapeDtypeStruct((entries[name], *x.shape[1:]), x.dtype) for name, x in of.items()
     }
 
 
@@ -37,10 +37,10 @@ class Gradients:
     plan: Plan
 
     @classmethod
-    def start(cls, operands: Operands, plan: Plan, rows: dict[str, int]) -> Gradients:
-        """No sum yet. Rows: the operands to differentiate, and the first axis of each gradient."""
+    def start(cls, operands: Operands, plan: Plan, entries: dict[str, int]) -> Gradients:
+        """No sum yet. Entries: the operands to differentiate, and each gradient's first axis."""
         dtype = Dimensions.of(operands, plan).acc
-        shapes = gradient_shapes(operands, rows)
+        shapes = gradient_shapes(operands, entries)
         sums = {name: jnp.zeros(_summed(name, x, plan), dtype) for name, x in shapes.items()}
         return cls(sums, plan)
 
@@ -62,10 +62,10 @@ class Gradients:
         if name not in self.sums:
             return self
         layout, heads, n = self.plan.layout, tile.heads * tile.groups, tile.head * tile.groups
-        row, start = tile.row_of(self.sums[name]), tile.q.start(tile.i)
-        old = take_tile(layout, self.sums[name], row, n, heads, start, tile.q.block)
+        entry, start = tile.entry_of(self.sums[name]), tile.q.start(tile.i)
+        old = take_tile(layout, self.sums[name], entry, n, heads, start, tile.q.block)
         x = (x + old.reshape(x.shape)).reshape(1, heads, tile.q.block, -1)
-        new = put_tile(layout, self.sums[name], x, row, n, start)
+        new = put_tile(layout, self.sums[name], x, entry, n, start)
         return self._replace(name, new)
 
     def add_heads(self, name: str, tile: QueryTile, x: Array | None) -> Gradients:
@@ -75,7 +75,7 @@ class Gradients:
         return self._add(name, tile, (tile.head * tile.groups,), x.reshape(1, -1))
 
     def add_instance(self, name: str, tile: QueryTile, x: Array | None) -> Gradients:
-        """Adds a scalar at the batch element of the tile; None: nothing."""
+        """Adds a scalar at the instance of the tile; None: nothing."""
         return self if x is None else self._add(name, tile, (), x[None])
 
     def add_local(self, tile: QueryTile, j: Array, local: Local) -> Gradients:
@@ -93,10 +93,10 @@ class Gradients:
         return gradients._add("bias", tile, starts, x.astype(self.sums["bias"].dtype))
 
     def _add(self, name: str, tile: QueryTile, start: tuple[Any, ...], x: Array) -> Gradients:
-        """Adds x to the part of a sum that begins at start in the tile's batch element."""
+        """Adds x to the part of a sum that begins at start in the tile's instance."""
         if name not in self.sums:
             return self
-        at = (tile.row_of(self.sums[name]), *start)
+        at = (tile.entry_of(self.sums[name]), *start)
         old = lax.dynamic_slice(self.sums[name], at, x.shape)
         return self._replace(name, lax.dynamic_update_slice(self.sums[name], old + x, at))
 

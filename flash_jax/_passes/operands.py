@@ -71,9 +71,9 @@ class Differentiable(NamedTuple):
 
 
 class Dimensions(NamedTuple):
-    """Dimensions of a pass; rows counts the batch elements of all vmapped calls."""
+    """Dimensions of a pass; instances counts the batch elements of all vmapped calls."""
 
-    rows: int
+    instances: int
     N: int
     T: int
     K: int
@@ -85,10 +85,10 @@ class Dimensions(NamedTuple):
     @classmethod
     def of(cls, operands: Operands, plan: Plan) -> Dimensions:
         q, k, v, *_ = operands
-        rows = [x.shape[0] for x in jax.tree.leaves(operands)]
+        entries = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = plan.layout.sizes(q), plan.kv_layout.sizes(k)
         acc = accumulator(plan.dtype)
-        return cls(largest(rows), N, T, K, S, H, v.shape[-1], acc)
+        return cls(largest(entries), N, T, K, S, H, v.shape[-1], acc)
 
     @property
     def empty(self) -> bool:
@@ -98,15 +98,15 @@ class Dimensions(NamedTuple):
 def q_tile(plan: Plan, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
     """(heads, groups * block_q, H) of x, laid out as queries."""
     heads, start = tile.heads * tile.groups, tile.q.start(tile.i)
-    row, first = tile.row_of(x), tile.head * tile.groups
-    taken = take_tile(plan.layout, x, row, first, heads, start, tile.q.block)
+    entry, first = tile.entry_of(x), tile.head * tile.groups
+    taken = take_tile(plan.layout, x, entry, first, heads, start, tile.q.block)
     return taken.reshape(tile.heads, tile.rows, x.shape[-1]).astype(dtype)
 
 
 def kv_tile(plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
     """(heads, block_kv, H) of key tile j of x, laid out as keys."""
-    start, row = tile.kv.start(j), tile.row_of(x)
-    taken = take_tile(plan.kv_layout, x, row, tile.head, tile.heads, start, tile.kv.block)
+    start, entry = tile.kv.start(j), tile.entry_of(x)
+    taken = take_tile(plan.kv_layout, x, entry, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
 
 
@@ -114,12 +114,12 @@ def query_rows(tile: QueryTile, x: Array) -> Array:
     """(heads, rows) of x (B, N, T)."""
     n, t = tile.head * tile.groups, tile.q.start(tile.i)
     size = (1, tile.heads * tile.groups, tile.q.block)
-    return lax.dynamic_slice(x, (tile.row_of(x), n, t), size).reshape(tile.heads, tile.rows)
+    return lax.dynamic_slice(x, (tile.entry_of(x), n, t), size).reshape(tile.heads, tile.rows)
 
 
 def key_columns(tile: QueryTile, x: Array, j: Array) -> Array:
     """(heads, block_kv) of key tile j of x (B, K, S)."""
-    start = (tile.row_of(x), tile.head, tile.kv.start(j))
+    start = (tile.entry_of(x), tile.head, tile.kv.start(j))
     return lax.dynamic_slice(x, start, (1, tile.heads, tile.kv.block))[0]
 
 

@@ -92,18 +92,18 @@ def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -
 
 
 def _gradient(
-    *leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...], rows: tuple[int, ...]
+    *leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: tuple[int, ...]
 ) -> list[Array]:
     operands, (*results, d_out, d_lse) = _join(tree, leaves)
-    sizes = dict(zip(wrt, rows, strict=True))
+    sizes = dict(zip(wrt, entries, strict=True))
     gradients = backward(operands, Results(*results), d_out, d_lse, plan, sizes)
     return [gradients[name] for name in wrt]
 
 
 def _gradient_shapes(
-    *leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...], rows: tuple[int, ...]
+    *leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: tuple[int, ...]
 ) -> list[Any]:
-    sizes = dict(zip(wrt, rows, strict=True))
+    sizes = dict(zip(wrt, entries, strict=True))
     return list(gradient_shapes(_join(tree, leaves)[0], sizes).values())
 
 
@@ -145,18 +145,18 @@ def _fold(
     """Batching: the new axis joins the batch, the first axis of every leaf."""
     size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
     # Behind the operands come the results that belong to them, and what is linear. Queries and
-    # results stay together, and tell how many rows there are.
+    # results stay together, and tell how many instances there are.
     count = static["tree"].num_leaves
     own = {0, *range(count, count + len(Results._fields))} if len(leaves) > count else set()
 
     def folded(i: int, x: Array, axis: int | None) -> Array:
         if axis is None and x.shape[0] == 1 and i not in own:
-            return x  # still serves every row
+            return x  # still serves every instance
         x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         return x.reshape(size * x.shape[1], *x.shape[2:])
 
-    if "rows" in static:  # every call has its own gradients, of shared operands, too
-        static["rows"] = tuple(size * rows for rows in static["rows"])
+    if "entries" in static:  # every call has its own gradients, of shared operands, too
+        static["entries"] = tuple(size * n for n in static["entries"])
     leaves = [folded(i, x, axis) for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))]
     results = primitive.bind(*leaves, **static)
     results = [x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results]
@@ -221,13 +221,13 @@ def _jvp(
 def _tangent_transpose(cotangents: Sequence[Any], *leaves: Any, **static: Any) -> list[Any]:
     count = len(static["wrt"])
     known, linear = leaves[:-count], leaves[-count:]
-    rows = tuple(x.aval.shape[0] for x in linear)
+    entries = tuple(x.aval.shape[0] for x in linear)
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
-    return [None] * len(known) + gradient_p.bind(*known, *cotangents, rows=rows, **static)
+    return [None] * len(known) + gradient_p.bind(*known, *cotangents, entries=entries, **static)
 
 
 def _gradient_transpose(
-    cotangents: Sequence[Any], *leaves: Any, rows: tuple[int, ...], **static: Any
+    cotangents: Sequence[Any], *leaves: Any, entries: tuple[int, ...], **static: Any
 ) -> list[Any]:
     known = leaves[:-2]
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]

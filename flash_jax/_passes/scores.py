@@ -60,7 +60,7 @@ class Scores(NamedTuple):
         Scaled before the product: after it, XLA may fuse ``s * scale - m`` into one rounding, which
         is not 0 at the maximum.
         """
-        return q * tile.of_element(self.scale).astype(q.dtype)
+        return q * tile.of_instance(self.scale).astype(q.dtype)
 
     def read_keys(self, T: int, S: int) -> Array | None:
         """Which keys some query may read, (B or 1, S), as ``Mask.read_keys``; None: all."""
@@ -88,7 +88,7 @@ class Scores(NamedTuple):
     def local(self, tile: QueryTile, j: Array) -> Local:
         """The parameters that the logits of key tile j depend on."""
         return Local(
-            None if self.soft_cap is None else tile.of_element(self.soft_cap),
+            None if self.soft_cap is None else tile.of_instance(self.soft_cap),
             None if self.alibi_slopes is None else tile.of_heads(self.alibi_slopes),
             None if self.bias is None else tile.of_scores(self.bias, j),
         )
@@ -100,7 +100,7 @@ class Scores(NamedTuple):
             # A constant cap would divide by its reciprocal, and give other bits than a traced one.
             s = rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
         if slopes is not None and self.offset is not None:
-            distance = jnp.abs(tile.t + tile.of_element(self.offset) - tile.s(j)).astype(s.dtype)
+            distance = jnp.abs(tile.t + tile.of_instance(self.offset) - tile.s(j)).astype(s.dtype)
             s = s - tile.as_rows(slopes * distance)
         if bias is not None:
             s = s + tile.as_rows(bias)

@@ -48,8 +48,8 @@ def tangent(
         shape = (1, tile.heads * tile.groups, tile.q.block)
         d_out = d_out.reshape(*shape, dims.Hv).astype(results.out.dtype)
         return (
-            put_tile(plan.layout, d_results[0], d_out, tile.row, n, t),
-            lax.dynamic_update_slice(d_results[1], d_lse.reshape(shape), (tile.row, n, t)),
+            put_tile(plan.layout, d_results[0], d_out, tile.instance, n, t),
+            lax.dynamic_update_slice(d_results[1], d_lse.reshape(shape), (tile.instance, n, t)),
         )
 
     return over_query_tiles(operands, plan, step, d_results, copies=3)
@@ -109,7 +109,10 @@ def _where(tangents: Differentiable, operands: Operands) -> Differentiable:
 
 
 def _of_one_shape(operands: Operands, tangents: Differentiable) -> tuple[Operands, Differentiable]:
-    """Under vmap one of an operand and its tangent may serve several rows that the other has."""
+    """Gives an operand and its tangent equally many entries.
+
+    Under ``vmap`` one of the two may serve all calls where the other has an entry for each.
+    """
     spread = [
         (x, t) if x is None or t is None else jnp.broadcast_arrays(x, t)
         for x, t in zip(Differentiable.of(operands), tangents, strict=True)

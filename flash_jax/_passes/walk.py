@@ -1,7 +1,7 @@
 """The walk: over the tiles of queries, and over the key tiles that each of them may read.
 
 All passes walk alike. A step of the outer loop is one tile of queries of some heads, and of one or
-several batch elements; a step of the inner loop is one key tile.
+several instances; a step of the inner loop is one key tile.
 """
 
 from __future__ import annotations
@@ -35,25 +35,37 @@ def over_query_tiles(
 
     Args:
         copies: how many arrays of a tile's scores live at once in a step.
-        several: whether a step can do several batch elements.
+        several: whether a step can do several instances.
     """
     dims = Dimensions.of(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
     groups = dims.N // dims.K
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
-    elements = 1
-    if several and known(dims.rows) and kv.count == 1 and heads == dims.K:
+    together = 1
+    if several and known(dims.instances) and kv.count == 1 and heads == dims.K:
         scores, keys = dims.N * q.block * kv.block, dims.K * dims.S * (dims.H + dims.Hv)
-        elements = elements_per_step(plan.step_scores, dims.rows, scores * copies, keys)
+        together = instances_per_step(plan.step_scores, dims.instances, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:
-        row, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
+        instance, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
         group, i = jnp.divmod(count, as_int32(q.count))
-        row, batch = row * elements, (dims.rows, plan.elements)
-        at = (row, batch, row % as_int32(plan.elements), group * heads, heads, groups, i, elements)
-        return step(QueryTile(q, kv, *at), carry)
+        instance = instance * together
+        tile = QueryTile(
+            q,
+            kv,
+            instance=instance,
+            instances=dims.instances,
+            element=instance % as_int32(plan.elements),
+            elements=plan.elements,
+            head=group * heads,
+            heads=heads,
+            groups=groups,
+            i=i,
+            together=together,
+        )
+        return step(tile, carry)
 
-    steps = dims.rows // elements * (dims.K // heads) * q.count
+    steps = dims.instances // together * (dims.K // heads) * q.count
     return _loop(np.int32(0), as_int32(steps), at, varying_as(operands, carry))
 
 
@@ -102,22 +114,22 @@ def heads_per_step(step_scores: int, heads: int, scores: int) -> int:
     return _divisor(heads, step_scores // scores)
 
 
-def elements_per_step(step_scores: int, elements: int, scores: int, keys: int) -> int:
-    """How many batch elements share a step; divides ``elements``.
+def instances_per_step(step_scores: int, instances: int, scores: int, keys: int) -> int:
+    """How many instances share a step; divides ``instances``.
 
-    All of them where their scores fit: their keys and values are then read where they lie, and not
-    copied. Else a step holds half as many scores as others do, for it holds all that belongs to
-    them, too.
+    All of them share it where their scores fit: their keys and values are then read in place, and
+    not copied. Else a step holds half as many scores as other steps do, since it also holds the
+    keys and values of its instances.
 
     Args:
         step_scores: how many scores a step should hold.
-        elements: batch elements.
+        instances: how many there are.
         scores: scores that live at once of one of them.
         keys: numbers in the keys and values of one of them.
     """
-    if elements * scores <= step_scores:
-        return elements
-    return _divisor(elements, step_scores // 2 // max(scores, keys))
+    if instances * scores <= step_scores:
+        return instances
+    return _divisor(instances, step_scores // 2 // max(scores, keys))
 
 
 def _divisor(count: int, most: int) -> int:

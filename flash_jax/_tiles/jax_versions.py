@@ -1,4 +1,4 @@
-"""What of JAX has no public name, or has changed its name: all that depends on its version is here.
+"""All that depends on JAX's version: what has no public name there, or has changed its name.
 
 Tested with 0.10.2 and 0.12.0.
 """

@@ -1,7 +1,7 @@
 """Sizes that are symbols while ``jax.export`` traces, and numbers when the program runs.
 
-B, T and S may be symbolic: the loops over batch elements and tiles then have ends that are counted
-at run time. A tile needs a size, so a symbolic length is padded to whole tiles: padded keys are
+B, T and S may be symbolic: the ends of the loops over batch elements and tiles are then computed at
+run time. A tile needs a size, so a symbolic length is padded to whole tiles: padded keys are
 masked, and padded queries are cut off again.
 
 https://docs.jax.dev/en/latest/export/shape_poly.html
@@ -18,17 +18,17 @@ from jax import numpy as jnp
 
 
 def known(size: Any) -> bool:
-    """Whether a size is a number, and no symbol."""
+    """Whether a size is a number, not a symbol."""
     return isinstance(size, int)
 
 
 def as_int32(size: Any) -> Any:
-    """A size as an int32, which is traced where the size is symbolic."""
+    """A size as an int32, traced where the size is symbolic."""
     return np.int32(size) if known(size) else jnp.asarray(size, np.int32)
 
 
 def largest(sizes: Iterable[Any]) -> Any:
-    """The largest of sizes, which all others divide."""
+    """The largest of sizes, symbols among them: the one that all others divide."""
     sizes = list(sizes)
     if 0 in sizes:
         return 0
@@ -36,12 +36,12 @@ def largest(sizes: Iterable[Any]) -> Any:
 
 
 def padding(length: Any, block: int) -> Any:
-    """How many positions a symbolic length lacks to whole tiles."""
+    """How many positions fill a symbolic length up to whole tiles; 0 for a number."""
     return 0 if known(length) else -(-length // block) * block - length
 
 
 def pad_axes(x: Array, axes: str, missing: dict[str, Any]) -> Array:
-    """x with so many zeros behind the axes of these names, but for those of size 1."""
+    """x with ``missing`` zeros behind each of its axes, by name; axes of size 1 stay."""
     widths = [
         (0, 0 if size == 1 else missing.get(axis, 0))
         for size, axis in zip(x.shape, axes, strict=True)

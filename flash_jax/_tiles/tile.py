@@ -1,7 +1,7 @@
 """A tile of queries and the key tiles across from it: positions, and the parts of arrays they meet.
 
-Queries and keys are cut into tiles of block_q and block_kv positions, which need not divide their
-number: the last tile starts where it still fits, and so repeats some positions of the one before.
+Queries and keys are cut into tiles of block_q and block_kv positions. These need not divide the
+lengths: the last tile starts where it still fits, and so repeats some positions of the one before.
 Repeated queries are computed twice; repeated keys are masked.
 
 Parts of the scores have four axes, (key/value heads, groups, T, S): query head n reads key/value
@@ -58,10 +58,12 @@ class Axis(NamedTuple):
 
     @property
     def count(self) -> int:
+        """How many tiles there are."""
         return -(-self.length // self.block)
 
     @property
     def ragged(self) -> bool:
+        """Whether the last tile repeats positions."""
         return self.length % self.block != 0
 
     def start(self, i: Array) -> Array:
@@ -75,31 +77,36 @@ class Axis(NamedTuple):
 
 
 class QueryTile(NamedTuple):
-    """Query tile i of some heads of one batch element, or of several: see ``each``.
+    """Query tile i of some heads of one instance, or of several: see ``each``.
+
+    An instance is one batch element of one vmapped call. The first axis of an array has an entry
+    per instance, or entries that each serve equally many instances.
 
     Attributes:
         q: how the queries are cut.
         kv: how the keys are cut.
-        row: which batch element of which vmapped call: call * B + element.
-        batch: how many rows there are, and B.
+        instance: the first instance: call * elements + element.
+        instances: how many instances there are.
         element: which batch element of its call.
+        elements: how many batch elements a call has, B.
         head: the first key/value head.
         heads: how many key/value heads.
         groups: query heads per key/value head.
         i: which tile.
-        elements: how many rows in a row share the tile.
+        together: how many consecutive instances share the tile.
     """
 
     q: Axis
     kv: Axis
-    row: Array
-    batch: tuple[int, int]
+    instance: Array
+    instances: int
     element: Array
+    elements: int
     head: Array
     heads: int
     groups: int
     i: Array
-    elements: int = 1
+    together: int = 1
 
     @property
     def n(self) -> Array:
@@ -129,7 +136,7 @@ class QueryTile(NamedTuple):
         return self.kv.own(j)
 
     def shape(self) -> tuple[int, int, int, int]:
-        """Of the scores of one key tile."""
+        """The shape of the scores of one key tile."""
         return self.heads, self.groups, self.q.block, self.kv.block
 
     @property
@@ -138,60 +145,61 @@ class QueryTile(NamedTuple):
         return self.groups * self.q.block
 
     def as_rows(self, x: Array, width: int | None = None) -> Array:
-        """(heads, rows, width) of what broadcasts to ``shape()``, with width for block_kv."""
+        """x, which broadcasts to ``shape()``, as (heads, rows, width); width: default block_kv."""
         x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
         return x.reshape(self.heads, self.rows, -1)
 
     def each(self, function: Callable[[QueryTile, A], R], arrays: A) -> R:
-        """function(tile, arrays) of every batch element, its results along a first axis.
+        """function(tile, arrays) of every instance, its results along a first axis.
 
-        The function sees a tile of one element, and arrays with the row of that element only. It is
-        mapped by ``vmap``, where a loop would run until its last element is done: it has none.
+        The function sees a tile of one instance, and arrays with the entry of that instance only.
+        ``vmap`` maps it, under which a loop would run until the last instance is done: it must have
+        none.
         """
-        if self.elements == 1:
+        if self.together == 1:
             return jax.tree.map(lambda x: x[None], function(self, arrays))
-        count = lax.iota(np.int32, self.elements)
+        count = lax.iota(np.int32, self.together)
 
         def part(x: Array) -> Array:
-            """The rows of x that serve these elements, or the only one."""
-            served = self.batch[0] // x.shape[0]
+            """The entries of x that serve these instances, or the only one."""
+            served = self.instances // x.shape[0]
             if served == 1:
-                return lax.dynamic_slice_in_dim(x, self.row, self.elements)
-            return x if x.shape[0] == 1 else x[(self.row + count) // as_int32(served)]
+                return lax.dynamic_slice_in_dim(x, self.instance, self.together)
+            return x if x.shape[0] == 1 else x[(self.instance + count) // as_int32(served)]
 
         def of_one(element: Array, leaves: list[Array]) -> R:
-            rows = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
-            tile = self._replace(row=np.int32(0), batch=(1, 1), element=element)
-            return function(tile, jax.tree.unflatten(tree, rows))
+            entries = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
+            one = dict(instance=np.int32(0), instances=1, element=element, elements=1, together=1)
+            return function(self._replace(**one), jax.tree.unflatten(tree, entries))
 
         leaves, tree = jax.tree.flatten(arrays)
         axes = [None if x.shape[0] == 1 else 0 for x in leaves]
-        elements = (self.element + count) % as_int32(self.batch[1])
+        elements = (self.element + count) % as_int32(self.elements)
         return jax.vmap(of_one, in_axes=(0, axes))(elements, [part(x) for x in leaves])
 
-    def row_of(self, x: Array) -> Array:
-        """Index into the first axis of x, each entry of which serves equally many rows."""
-        return self.row // as_int32(self.batch[0] // x.shape[0])
+    def entry_of(self, x: Array) -> Array:
+        """Index into the first axis of x: the entry that serves the instance."""
+        return self.instance // as_int32(self.instances // x.shape[0])
 
-    def of_element(self, x: Any) -> Array:
-        """The part of x for this batch element, without its first axis."""
-        return lax.dynamic_index_in_dim(x, self.row_of(x), 0, keepdims=False)
+    def of_instance(self, x: Any) -> Array:
+        """The entry of x that serves the instance, without the first axis."""
+        return lax.dynamic_index_in_dim(x, self.entry_of(x), 0, keepdims=False)
 
     def of_heads(self, x: Any) -> Array:
         """(heads, groups, 1, 1) of x (B or 1, N)."""
-        x = self.of_element(x)
+        x = self.of_instance(x)
         size = self.heads * self.groups
         x = lax.dynamic_slice_in_dim(x, self.head * self.groups, size)
         return x.reshape(self.heads, self.groups, 1, 1)
 
     def of_queries(self, x: Any) -> Array:
         """(1, 1, block_q, 1) of x (B or 1, T)."""
-        x = lax.dynamic_slice_in_dim(self.of_element(x), self.q.start(self.i), self.q.block)
+        x = lax.dynamic_slice_in_dim(self.of_instance(x), self.q.start(self.i), self.q.block)
         return x.reshape(1, 1, -1, 1)
 
     def of_keys(self, x: Any, j: Array) -> Array:
         """(1, 1, 1, block_kv) of x (B or 1, S), for key tile j."""
-        x = lax.dynamic_slice_in_dim(self.of_element(x), self.kv.start(j), self.kv.block)
+        x = lax.dynamic_slice_in_dim(self.of_instance(x), self.kv.start(j), self.kv.block)
         return x.reshape(1, 1, 1, -1)
 
     def of_scores(self, x: Any, j: Array | None = None) -> Array:
@@ -199,7 +207,7 @@ class QueryTile(NamedTuple):
 
         (heads, groups, block_q, block_kv or S), with 1 where x has 1.
         """
-        x = self.of_element(x)
+        x = self.of_instance(x)
         parts = [
             (self.head * self.groups, self.heads * self.groups),
             (self.q.start(self.i), self.q.block),
@@ -212,7 +220,7 @@ class QueryTile(NamedTuple):
         return x.reshape(*heads, *x.shape[1:])
 
     def in_key_tiles(self, x: Array) -> Array:
-        """(..., key tiles, block_kv) of x (..., S): a ragged end repeats the last key."""
+        """x (..., S) as (..., key tiles, block_kv), a ragged end filled up with the last key."""
         missing = self.kv.count * self.kv.block - self.kv.length
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge")
         return x.reshape(*x.shape[:-1], self.kv.count, self.kv.block)

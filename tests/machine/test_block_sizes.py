@@ -4,7 +4,7 @@ from flash_jax import FlashAttentionConfig
 from flash_jax._machine import processor
 from flash_jax._machine.processor import DEFAULT_CACHES, Machine, machine
 from flash_jax._machine.tile_rule import Problem, fastest_blocks, score_bytes
-from flash_jax._passes.walk import elements_per_step, heads_per_step
+from flash_jax._passes.walk import heads_per_step, instances_per_step
 
 SMALL = Machine(cores=2, l1=32 * 2**10, l2=2**20, l3=0, measured=True)
 STEP_SCORES = score_bytes(SMALL) // 4
@@ -34,15 +34,15 @@ def test_heads_per_step_divide_the_heads_and_fit(heads):
         assert n == 1 or n * scores <= STEP_SCORES
 
 
-@pytest.mark.parametrize("rows", [1, 7, 12, 64, 1009])
+@pytest.mark.parametrize("instances", [1, 7, 12, 64, 1009])
 @pytest.mark.parametrize("scores", [1, 10**4, 10**6, 10**8])
 @pytest.mark.parametrize("keys", [1, 10**6])
-def test_batch_elements_per_step_divide_the_batch_and_fit(rows, scores, keys):
-    n = elements_per_step(STEP_SCORES, rows, scores, keys)
-    assert rows % n == 0
+def test_instances_per_step_divide_their_number_and_fit(instances, scores, keys):
+    n = instances_per_step(STEP_SCORES, instances, scores, keys)
+    assert instances % n == 0
     assert n == 1 or n * scores <= STEP_SCORES
-    # What a step copies out of the batch fits, too; all of it is not copied.
-    assert n in (1, rows) or n * keys <= STEP_SCORES
+    # What a step copies of them fits, too; all of it is not copied.
+    assert n in (1, instances) or n * keys <= STEP_SCORES
 
 
 def test_few_queries_over_all_keys_take_one_tile_and_a_padded_cache_several():
