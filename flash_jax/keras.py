@@ -1,8 +1,8 @@
 """Attention layers of Keras, in linear memory; needs the extra ``keras``.
 
 Keras's layers project, attend and project again. This module replaces the step in the middle, in
-layers that exist already. Weights, names, configs and files stay what they are. A subclass would
-not do: Keras turns ``use_causal_mask=True`` into an array (1, T, S) for any class but its own.
+layers that exist: weights, names, configs and files stay what they are. A subclass would cost
+memory: for any class but its own, Keras makes an array (1, T, S) of ``use_causal_mask=True``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from ._frameworks.layers import attend
 
 try:
     import keras
-    from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 except ImportError as error:
-    raise ImportError("flash_jax.keras needs Keras: pip install -e '.[keras]'") from error
+    raise ImportError(
+        "flash_jax.keras needs Keras on JAX: pip install -e '.[keras]' and the environment variable "
+        "KERAS_BACKEND=jax"
+    ) from error
 
 Model = TypeVar("Model", bound=keras.Layer)
 
@@ -34,25 +36,24 @@ _COMPILED = ("train_function", "test_function", "predict_function", "generate_fu
 def use_flash_attention(model: Model, *, empty_rows: Literal["zero", "mean"] = "zero") -> Model:
     """Makes the attention layers of a Keras model run this library; returns the same model.
 
-    It changes two kinds of layers in the model:
+    The function changes two kinds of layers:
 
     - ``keras.layers.MultiHeadAttention`` and ``keras.layers.GroupQueryAttention``, and subclasses
       that attend as these do, such as KerasHub's ``CachedMultiHeadAttention``;
-    - layers of other classes whose ``_compute_attention`` calls
-      ``keras.ops.dot_product_attention``, such as those of KerasHub's Llama, Mistral, Qwen and
-      Gemma.
+    - other classes whose ``_compute_attention`` calls ``keras.ops.dot_product_attention``, such as
+      those of KerasHub's Llama, Mistral, Qwen and Gemma.
 
     In the first kind ``use_causal_mask``, ``sliding_window`` and Keras's masks of padding take no
-    memory of T x S; an ``attention_mask`` is an array of that size itself. Dropout uses the seed
-    generator of the layer. It drops other probabilities than Keras does, at the same rate. A call
-    with ``return_attention_scores=True``, or over other axes than the one of positions, keeps
-    Keras's attention and warns. The second kind does so where it does not call that function:
-    Gemma's layers with dropout, for example.
+    memory of T x S; an ``attention_mask`` is the array that it is. Dropout uses the seed generator
+    of the layer and Keras's rate, but drops other probabilities than Keras does. A call with
+    ``return_attention_scores=True``, or over other axes than the one of positions, keeps Keras's
+    attention and warns. A layer of the second kind does so where it does not call the function:
+    Gemma's with dropout, for example.
 
-    ``fit``, ``evaluate``, ``predict`` and ``generate`` are compiled anew, also those of models in
-    the model. Functions under your own ``jax.jit``, and models around this one, keep what they were
-    traced with: ``compile`` those models again. A saved model is Keras's own: call this function
-    again after loading.
+    Keras compiles ``fit``, ``evaluate``, ``predict`` and ``generate`` anew, for models in the model
+    too. Functions under your own ``jax.jit``, and models around this one, keep what they were
+    traced with: ``compile`` those again. ``jax.export`` of ``model.stateless_call`` takes symbolic
+    batch sizes and lengths. A saved model is one of Keras's own: call this again after loading.
 
     Args:
         model: a model or a layer, built: its attention layers must be there.
@@ -109,7 +110,7 @@ def use_keras_attention(model: Model) -> Model:
 
 
 def _replace(layer: Any, empty_rows: Literal["zero", "mean"]) -> bool:
-    """Gives a layer methods of ours, if it attends in a way that is known."""
+    """Gives a layer our methods, and says whether it has attention that is known here."""
     if _attends_as_keras(layer):
         layer._compute_attention = functools.partial(_compute_attention, layer, empty_rows)
         if _from_keras(layer, "call") and _from_keras(layer, "_compute_attention_mask"):
@@ -174,9 +175,8 @@ def _compute_attention(
     grouped = isinstance(layer, keras.layers.GroupQueryAttention)
     scores = layer._return_attention_scores if grouped else return_attention_scores
     kept = "return_attention_scores=True" if scores else _other_axes(layer, query)
-    if kept or in_symbolic_scope():  # Keras asks for shapes there, of symbolic sizes
-        if kept:
-            warnings.warn(f"{layer.name!r} keeps Keras's attention: {kept}", stacklevel=2)
+    if kept:
+        warnings.warn(f"{layer.name!r} keeps Keras's attention: {kept}", stacklevel=2)
         if isinstance(attention_mask, _MaskParts):
             parts = attention_mask._asdict()
             attention_mask = type(layer)._compute_attention_mask(layer, query, value, **parts)
@@ -186,7 +186,7 @@ def _compute_attention(
         return core(layer, query, key, value, attention_mask, **options)
 
     options: dict[str, Any] = {"is_causal": use_causal_mask}
-    if grouped and _from_keras(layer, "call"):  # repeated; XLA drops repeats nobody reads
+    if grouped and _from_keras(layer, "call"):  # XLA leaves out the repeats
         key, value = key[:, :, :: layer.num_repeats], value[:, :, :: layer.num_repeats]
     if isinstance(attention_mask, _MaskParts):
         options = _mask_options(attention_mask, query.shape[1], key.shape[1])
@@ -216,7 +216,7 @@ def _other_axes(layer: Any, query: Array) -> str | None:
 
 
 def _mask_options(parts: _MaskParts, T: int, S: int) -> dict[str, Any]:
-    """Options for all parts but the array. Queries and keys that are no padding form segment 0."""
+    """Options for all parts but the array: queries and keys that are no padding are segment 0."""
     options: dict[str, Any] = {"is_causal": bool(parts.use_causal_mask)}
     queries, keys = _both(parts.query_mask, None), _both(parts.value_mask, parts.key_mask)
     if queries is not None or keys is not None:
@@ -247,8 +247,6 @@ def _with_our_op(layer: Any, empty_rows: Literal["zero", "mean"], *args: Any, **
         attn_logits_soft_cap: float | None = None,
     ) -> Any:
         calls.append(None)
-        if in_symbolic_scope():
-            return theirs(query, key, value, bias, mask, scale, is_causal)
         options = {"scale": scale, "is_causal": is_causal, "empty_rows": empty_rows}
         options["logits_soft_cap"] = attn_logits_soft_cap
         return attend(query, key, value, bias, mask, **options)

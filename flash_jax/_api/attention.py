@@ -161,9 +161,15 @@ def attention_of_floats(
 def _attend(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options
 ) -> tuple[Array, Array]:
-    bound, layout = bind_options(arrays, options, query, key), Layout.HEADS_LAST
-    dropout = options.dropout_rate, options.broadcast_dropout
-    plan = plan_floats(query, key, bound.blocks, layout, *dropout)
+    bound = bind_options(arrays, options, query, key)
+    plan = plan_floats(
+        query,
+        key,
+        bound.blocks,
+        Layout.HEADS_LAST,
+        options.dropout_rate,
+        options.broadcast_dropout,
+    )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)
     operands = Operands(query, key, value, bound.scores, bound.sinks, bound.dropout_key)
