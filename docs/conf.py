@@ -24,3 +24,16 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the text names shapes and dtypes
 napoleon_use_ivar = True
+
+
+def setup(app):
+    """Shows the default of probability_dtype as it is written.
+
+    ``autodoc_preserve_defaults`` reads defaults in the function's own source, and the signature of
+    ``flash_attention_int8`` is written in another function.
+    """
+
+    def written(app, what, name, obj, options, signature, returns):
+        return signature and signature.replace("<class 'numpy.uint8'>", "np.uint8"), returns
+
+    app.connect("autodoc-process-signature", written)
