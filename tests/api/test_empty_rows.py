@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from layers import UNOPTIMIZED
 from oracle import max_error
+from unoptimized import UNOPTIMIZED
 
 import flash_jax
 from flash_jax._frameworks.layers import attend

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from oracle import max_error
+from unoptimized import UNOPTIMIZED
 
 import flash_jax
-
-UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def random(rng, *shape):
@@ -58,7 +57,6 @@ def _run(layer, params, inputs):
         weights = jnp.cos(jnp.arange(out.size, dtype=np.float32)).reshape(out.shape)
         return jnp.sum(out * weights.astype(out.dtype)), out
 
-    # Optimization by LLVM would take most of the time, and changes nothing in the formula.
     both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=UNOPTIMIZED)
     (_, out), gradients = both(params, inputs)
     return out, gradients

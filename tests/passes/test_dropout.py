@@ -115,6 +115,7 @@ def test_broadcast_dropout_under_vmap_draws_by_the_keys_of_the_calls(rng):
 # --- The compiler
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.grad], ids=["forward", "gradient"])
 def test_dropout_makes_a_program_at_most_three_times_as_large(wrap):
     """Of machine code, which takes the time: at 9 x 11 it was over five times as much."""

@@ -1,20 +1,11 @@
 """Temporary memory, as XLA plans it: deterministic, so asserted to the byte's order."""
 
 import jax
-import numpy as np
 import pytest
 from jax import numpy as jnp
+from options import SHAPES, spec, split
 
-from flash_jax import (
-    CausalMask,
-    FlashAttentionConfig,
-    LengthMask,
-    PrefixMask,
-    SegmentMask,
-    WindowMask,
-    flash_attention,
-    flash_mha,
-)
+from flash_jax import FlashAttentionConfig, flash_attention, flash_mha
 
 
 def compiled(T, *, N=2, H=16, causal, dtype=jnp.float32, blocks=None):
@@ -52,85 +43,70 @@ def test_131072_positions_fit_in_128_mib():
     assert temporary_bytes(131072, N=1, H=64, causal=True) < 128 * 2**20
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_the_program_does_not_grow_with_the_length():
     sizes = [len(compiled(T, causal=True, blocks=(64, 64)).as_text()) for T in (2**10, 2**16)]
     assert sizes[1] < 1.05 * sizes[0]
 
 
-# Model level. Options are given by the shapes of their arrays.
+# Model level
 
 N, H = 2, 16
 SMALL, LARGE = 2**14, 2**16
 
 
-def spec(*shape, dtype=np.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def ids(*shape):
-    return spec(*shape, dtype=np.int32)
-
-
-def model_bytes(T, arrays, *, S=None, heads=N, kv_heads=N, batch=1, **static):
+def model_bytes(T, options, transform=lambda f: f, *, S=None, heads=N, kv_heads=N, H=H):
     """Temporary bytes of flash_attention, with arrays as arguments of the jitted function."""
     S = T if S is None else S
-    qkv = spec(batch, T, heads, H), spec(batch, S, kv_heads, H), spec(batch, S, kv_heads, H)
+    qkv = spec(1, T, heads, H), spec(1, S, kv_heads, H), spec(1, S, kv_heads, H)
+    x, arrays, static = split(dict(zip(("query", "key", "value"), qkv, strict=True)) | options)
 
-    def call(qkv, arrays):
-        return flash_attention(*qkv, **arrays, **static)
+    def run(x, arrays):
+        return transform(lambda x: flash_attention(**x, **arrays, **dict(static)))(x)
 
-    return jax.jit(call).lower(qkv, arrays).compile().memory_analysis().temp_size_in_bytes
-
-
-OPTIONS = {
-    "none": lambda T: {},
-    "causal, window and lengths": lambda T: {
-        "is_causal": True,
-        "local_window_size": (1000, 3),
-        "query_offset": ids(1),
-        "query_seq_lengths": ids(1),
-        "key_value_seq_lengths": ids(1),
-    },
-    "segments": lambda T: {"query_segment_ids": ids(1, T), "key_value_segment_ids": ids(1, T)},
-    "alibi, soft cap, sinks and dropout": lambda T: {
-        "alibi_slopes": spec(N),
-        "logits_soft_cap": 30.0,
-        "sinks": spec(N),
-        "dropout_rate": 0.1,
-        "dropout_rng": spec(2, dtype=np.uint32),
-    },
-    "mask and bias of keys": lambda T: {
-        "mask": spec(1, 1, 1, T, dtype=bool),
-        "bias": spec(1, N, 1, T),
-    },
-    "mask and bias of queries": lambda T: {"mask": spec(T, 1, dtype=bool), "bias": spec(T, 1)},
-    "Mask": lambda T: {
-        "mask": (PrefixMask(ids(1)) | CausalMask(ids()))
-        & WindowMask(100, None)
-        & SegmentMask(ids(T), ids(1, T))
-        & LengthMask(None, ids(1))
-    },
-}
+    return jax.jit(run).lower(x, arrays).compile().memory_analysis().temp_size_in_bytes
 
 
-def split(options):
-    """Arrays, which are traced, and what is compiled in."""
-    static = {"is_causal", "local_window_size", "dropout_rate", "logits_soft_cap"}
-    return (
-        {name: x for name, x in options.items() if name not in static},
-        {name: x for name, x in options.items() if name in static},
-    )
+def gradient(call):
+    return jax.grad(lambda x: jnp.sum(call(x)))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def hvp(call):
+    return lambda x: jax.jvp(gradient(call), (x,), (x,))[1]
+
+
+@pytest.mark.parametrize("options", SHAPES)
 def test_memory_is_linear_with_every_option(options):
-    small, large = (
-        model_bytes(T, arrays, **static)
-        for T in (SMALL, LARGE)
-        for arrays, static in [split(options(T))]
-    )
+    small, large = (model_bytes(T, SHAPES[options](T)) for T in (SMALL, LARGE))
     assert large <= 4.2 * small
     assert large < LARGE**2 / 16  # far below one byte per pair
+
+
+@pytest.mark.parametrize(
+    ("options", "transform"),
+    [
+        ("none", gradient),
+        ("parameters and dropout", gradient),
+        ("masks", gradient),
+        ("mask and bias of keys", gradient),
+        ("parameters and dropout", hvp),
+    ],
+)
+def test_memory_of_derivatives_is_linear(options, transform):
+    small, large = (model_bytes(T, SHAPES[options](T), transform) for T in (4096, 16384))
+    assert large <= 2.2**2 * small
+    assert large < 16384**2  # one byte per pair
+
+
+def test_a_full_bias_costs_its_own_size_once():
+    T = 4096
+    without = model_bytes(T, {"bias": spec(1, 1, 1, T)}, gradient)
+    assert model_bytes(T, {"bias": spec(1, 1, T, T)}, gradient) <= 1.05 * 4 * T**2 + without
+
+
+def test_the_gradient_of_65536_positions_fits_in_512_mib():
+    heads = {"heads": 1, "kv_heads": 1, "H": 64}
+    assert model_bytes(65536, {"is_causal": True}, gradient, **heads) < 512 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -143,7 +119,9 @@ def test_memory_is_linear_with_every_option(options):
 )
 def test_a_full_bias_or_mask_is_not_copied(options):
     """The argument is quadratic itself; nothing else is, not even a bool per pair."""
-    small, large = (model_bytes(T, options(T), block_sizes=(128, 128)) for T in (2**12, 2**14))
+    small, large = (
+        model_bytes(T, options(T) | {"block_sizes": (128, 128)}) for T in (2**12, 2**14)
+    )
     assert large <= 4.2 * small
     assert large < (2**14) ** 2 / 4
 
@@ -157,7 +135,7 @@ def test_grouped_keys_and_values_are_not_repeated():
 def test_keys_and_values_are_brought_into_order_by_head_in_one_copy():
     T, S = 2, 2**16
     copies = 2 * S * N * H * 4
-    assert copies < model_bytes(T, {}, S=S, block_sizes=(1, 64)) < 1.2 * copies
+    assert copies < model_bytes(T, {"block_sizes": (1, 64)}, S=S) < 1.2 * copies
 
 
 def test_one_key_and_value_for_the_whole_batch_is_not_repeated():

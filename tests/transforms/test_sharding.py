@@ -3,10 +3,13 @@
 import pytest
 from paths import PATHS
 from processes import run_script
+from sharded import LONG
 
 
-@pytest.mark.parametrize(("length", "meshes"), [("long", 2), ("short", 3)])
-def test_every_path_under_shard_map(length, meshes):
+@pytest.mark.parametrize(
+    ("length", "meshes", "paths"), [("long", 2, LONG), ("short", 3, PATHS)], ids=["long", "short"]
+)
+def test_every_path_under_shard_map(length, meshes, paths):
     """Forward, tangent and gradients; by batch, by heads and over a part of the mesh."""
     printed = run_script("sharded.py", length, devices=4)
-    assert printed == f"{meshes * len(PATHS)} passed\n", printed[-4000:]
+    assert printed == f"{meshes * len(paths)} passed\n", printed[-4000:]
