@@ -31,7 +31,7 @@ def dot_product_attention(
     """``flash_attention`` behind the signature of ``jax.nn.dot_product_attention``.
 
     After ``jax.nn.dot_product_attention = flash_jax.dot_product_attention`` code that calls JAX's
-    function runs this one.
+    function runs this one. Arguments that are not named below are those of ``jax.nn``.
 
     Args:
         query: (B, T, N, H) or (T, N, H).
