@@ -5,6 +5,7 @@ import os
 import jax
 import pytest
 
+pytest_plugins = ["command_line"]
 os.environ["KERAS_BACKEND"] = "jax"  # read when Keras is imported
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the command line share."""
+"""Fixtures of the tests of the command line; a plugin, which the root conftest names."""
 
 import builtins
 
