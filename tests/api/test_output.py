@@ -6,10 +6,18 @@ from oracle import max_error, numpy_attention, random_qkv
 import flash_jax
 from flash_jax import FlashAttentionConfig, flash_attention_forward, flash_mha
 
-LENGTHS = [(1, 1), (7, 13), (128, 128), (129, 257), (257, 129), (1, 301), (301, 1)]
 CALLS = [
-    *((T, S, jnp.float32) for T, S in LENGTHS),
-    *((T, S, dtype) for T, S in [(7, 13), (129, 257)] for dtype in (jnp.bfloat16, jnp.float16)),
+    *((7, 13, jnp.float32, causal) for causal in (False, True)),
+    *(
+        (129, 257, dtype, causal)
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        for causal in (False, True)
+    ),
+    (1, 1, jnp.float32, False),
+    (128, 128, jnp.float32, True),
+    (257, 129, jnp.float32, True),
+    (1, 301, jnp.float32, False),
+    (301, 1, jnp.float32, True),
 ]
 
 
@@ -19,8 +27,7 @@ def plain(q, k, v, is_causal):
     return jnp.swapaxes(flash_jax.reference_attention(q, k, v, is_causal=is_causal), 0, 1)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("T", "S", "dtype"), CALLS)
+@pytest.mark.parametrize(("T", "S", "dtype", "is_causal"), CALLS)
 def test_error_is_at_most_twice_that_of_plain_attention(T, S, dtype, is_causal, rng):
     q, k, v = random_qkv(rng, N=6, K=3, T=T, S=S, H=5, Hv=3, dtype=dtype)
     exact, _ = numpy_attention(q, k, v, is_causal=is_causal)

@@ -35,12 +35,10 @@ def exported(path, sizes, rng):
 @pytest.mark.parametrize(
     ("name", "symbols", "sizes"),
     [
-        ("plain", "b, t, s", (3, 263, 13)),
         ("Mask", "b, t, s", (3, 11, 263)),
         ("parameters", "b, 11, 13", (3, 11, 13)),
         ("segments", "2, t, t", (2, 13, 13)),
-        ("bias", "b, t, s", (1, 11, 7)),
-        ("mask", "b, 11, s", (3, 11, 269)),
+        ("bias", "b, t, s", (1, 263, 7)),
         ("dropout", "b, t, 13", (2, 7, 13)),
         ("decode", "b, 1, s", (3, 1, 13)),
         ("INT8", "b, t, s", (3, 11, 263)),
