@@ -1,4 +1,4 @@
-"""From floats to the operands of ``_int8``, and back to the floats those stand for.
+"""From floats to the operands of ``int8``, and back to the floats those stand for.
 
 Smoothing: a channel that is large in every key would coarsen all others, so the mean of the keys
 is taken out before they are quantized. That shifts the scores of query q by q . mean, all alike,

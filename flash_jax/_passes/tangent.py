@@ -2,7 +2,7 @@
 
 With p = exp(s - lse), a tangent ds of the scores and dv of the values,
     dlse = sum_j p_j ds_j,    dout = sum_j p_j ds_j v_j - dlse out + sum_j p_j dv_j,
-linear in the tangents: its transpose is the backward pass (``_backward``).
+linear in the tangents: its transpose is the backward pass (``backward``).
 """
 
 from __future__ import annotations

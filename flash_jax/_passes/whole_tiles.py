@@ -1,4 +1,4 @@
-"""Symbolic lengths padded to whole tiles, which the passes can walk: see ``_symbolic``."""
+"""Symbolic lengths padded to whole tiles, which the passes can walk: see ``_tiles.symbolic``."""
 
 from __future__ import annotations
 
