@@ -22,7 +22,7 @@ from .plan import plan_floats
 from .signature import same_arguments
 
 
-def flash_attention_with_lse(
+def attention_arguments(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -44,22 +44,8 @@ def flash_attention_with_lse(
     dropout_rng: Array | None = None,
     broadcast_dropout: bool = False,
     block_sizes: tuple[int, int] | None = None,
-) -> tuple[Array, Array]:
-    """``flash_attention``, and the log-sum-exp of its scores.
-
-    Args and Raises: as ``flash_attention``.
-
-    Returns:
-        The output, and lse (B, N, T), natural log, float32 (float64 for float64). A row that may
-        read no key has lse -inf, or its sink. ``merge_attention`` joins results over disjoint keys.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x = jnp.ones((1, 4, 2, 8))
-        >>> out, lse = flash_attention_with_lse(x, x, x)
-        >>> lse.shape
-        (1, 2, 4)
-    """
+) -> tuple[Array, Array, Array, Arrays, Options]:
+    """The arguments of attention, checked as far as no shapes are needed."""
     query, key, value = as_floats(query=query, key=key, value=value)
     rate = check_dropout("dropout_rate", dropout_rate, "dropout_rng", dropout_rng)
     alike = check_bool("broadcast_dropout", broadcast_dropout) and rate > 0
@@ -79,10 +65,32 @@ def flash_attention_with_lse(
     ).checked()
     options = check_options(query, is_causal, local_window_size, block_sizes)
     options = options._replace(dropout_rate=rate, broadcast_dropout=alike)
-    return attention_of_floats(query, key, value, arrays, options)
+    return query, key, value, arrays, options
 
 
-@same_arguments(flash_attention_with_lse)
+@same_arguments(attention_arguments)
+def flash_attention_with_lse(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    """``flash_attention``, and the log-sum-exp of its scores.
+
+    Args and Raises: as ``flash_attention``.
+
+    Returns:
+        The output, and lse (B, N, T), natural log, float32 (float64 for float64). A row that may
+        read no key has lse -inf, or its sink. ``merge_attention`` joins results over disjoint keys.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> out, lse = flash_attention_with_lse(x, x, x)
+        >>> lse.shape
+        (1, 2, 4)
+    """
+    out, lse = attention_of_floats(*attention_arguments(*args, **kwargs))
+    assert lse is not None
+    return out, lse
+
+
+@same_arguments(attention_arguments)
 def flash_attention(*args: Any, **kwargs: Any) -> Array:
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
 
@@ -146,21 +154,22 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
         [3] Xiao et al., Attention sinks, 2023, section 3, https://arxiv.org/abs/2309.17453
         [4] Press et al., ALiBi, 2021, section 3, https://arxiv.org/abs/2108.12409
     """
-    return flash_attention_with_lse(*args, **kwargs)[0]
+    *arrays, options = attention_arguments(*args, **kwargs)
+    return attention_of_floats(*arrays, options._replace(lse=False))[0]
 
 
 @functools.partial(jax.jit, static_argnames="options")
 def attention_of_floats(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options
-) -> tuple[Array, Array]:
-    """The output and lse, compiled once per shapes and ``options``."""
+) -> tuple[Array, Array | None]:
+    """The output and lse, compiled once per shapes and ``options``; lse None where not asked for."""
     check_qkv(query, key, value)
     return with_batch_axis(_attend, query, key, value, arrays, options)
 
 
 def _attend(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     bound = bind_options(arrays, options, query, key)
     plan = plan_floats(
         query,
@@ -170,6 +179,8 @@ def _attend(
         options.machine,
         options.dropout_rate,
         options.broadcast_dropout,
+        bound.kernel,
+        options.lse,
     )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)

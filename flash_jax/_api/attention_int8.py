@@ -28,7 +28,7 @@ from .plan import plan_int8
 from .signature import same_arguments
 
 
-def flash_attention_int8_with_lse(
+def attention_int8_arguments(
     query: ArrayLike,
     key: ArrayLike | QuantizedArray,
     value: ArrayLike | QuantizedArray,
@@ -48,22 +48,8 @@ def flash_attention_int8_with_lse(
     alibi_slopes: ArrayLike | None = None,
     probability_dtype: DTypeLike = np.uint8,
     block_sizes: tuple[int, int] | None = None,
-) -> tuple[Array, Array]:
-    """``flash_attention_int8``, and the log-sum-exp of its scores.
-
-    Args and Raises: as ``flash_attention_int8``.
-
-    Returns:
-        The output, and lse (B, N, T), natural log, float32. It is that of the scores with the mean
-        of the keys in them.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x = jnp.ones((1, 4, 2, 8))
-        >>> out, lse = flash_attention_int8_with_lse(x, x, x)
-        >>> lse.shape
-        (1, 2, 4)
-    """
+) -> tuple[Array, Array | QuantizedArray, Array | QuantizedArray, Arrays, Options]:
+    """The arguments of attention in int8, checked as far as no shapes are needed."""
     query, key, value = _as_inputs(query, key, value)
     arrays = Arrays(
         bias=bias,
@@ -80,10 +66,32 @@ def flash_attention_int8_with_lse(
     ).checked()
     options = check_options(query, is_causal, local_window_size, block_sizes)
     probabilities = check_probability_dtype("probability_dtype", probability_dtype)
-    return _attention(query, key, value, arrays, options._replace(probabilities=probabilities))
+    return query, key, value, arrays, options._replace(probabilities=probabilities)
 
 
-@same_arguments(flash_attention_int8_with_lse)
+@same_arguments(attention_int8_arguments)
+def flash_attention_int8_with_lse(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
+    """``flash_attention_int8``, and the log-sum-exp of its scores.
+
+    Args and Raises: as ``flash_attention_int8``.
+
+    Returns:
+        The output, and lse (B, N, T), natural log, float32. It is that of the scores with the mean
+        of the keys in them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.ones((1, 4, 2, 8))
+        >>> out, lse = flash_attention_int8_with_lse(x, x, x)
+        >>> lse.shape
+        (1, 2, 4)
+    """
+    out, lse = _attention(*attention_int8_arguments(*args, **kwargs))
+    assert lse is not None
+    return out, lse
+
+
+@same_arguments(attention_int8_arguments)
 def flash_attention_int8(*args: Any, **kwargs: Any) -> Array:
     """``flash_attention`` with both products in 8 bits: faster, and off by about 1.5 %.
 
@@ -134,7 +142,8 @@ def flash_attention_int8(*args: Any, **kwargs: Any) -> Array:
         [1] Zhang et al., SageAttention, 2024, section 4, https://arxiv.org/abs/2410.02367
         [2] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
     """
-    return flash_attention_int8_with_lse(*args, **kwargs)[0]
+    *arrays, options = attention_int8_arguments(*args, **kwargs)
+    return _attention(*arrays, options._replace(lse=False))[0]
 
 
 def _as_inputs(
@@ -162,7 +171,7 @@ def _attention(
     value: Array | QuantizedArray,
     arrays: Arrays,
     options: Options,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     check_qkv(query, key, value)
     _check_scales("key", key)
     _check_scales("value", value, probabilities=options.probabilities)
@@ -192,7 +201,7 @@ def _in_integers(
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
     arrays: Arrays,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     bound = bind_options(arrays, options, query, key)
     scores, blocks = bound.scores, summable("query", query.shape[-1], bound.blocks)
     integers = to_integers(query, key, value, scores.read_keys(query.shape[1], key.shape[1]))
@@ -203,16 +212,18 @@ def _in_integers(
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
     assert options.probabilities is not None
     plan = plan_int8(
-        query.shape[0],
+        q,
         key.shape[1],
         blocks,
         Layout.HEADS_LAST,
         query.dtype,
         options.machine,
         options.probabilities,
+        bound.kernel,
+        options.lse,
     )
     out, lse = attention(operands, plan)
-    if later is not None:
+    if later is not None and lse is not None:
         # A row that reads no key keeps -inf, where later may be NaN.
         lse = jnp.where(jnp.isneginf(lse), lse, lse + later)
     return out, lse
@@ -224,7 +235,7 @@ def _at_integers(
     key: Array | QuantizedArray,
     value: Array | QuantizedArray,
     arrays: Arrays,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Attention of the floats that the integers stand for, with derivatives straight through."""
     scores = bind_options(arrays, options, query, key).scores
     read = scores.read_keys(query.shape[1], key.shape[1])

@@ -203,7 +203,10 @@ def _check_config(config: FlashAttentionConfig) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attention(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
-    plan = plan_floats(operands.q, operands.k, config.block_sizes, Layout.HEADS_FIRST, here)
+    blocks = config.block_sizes
+    plan = plan_floats(
+        operands.q, operands.k, blocks, Layout.HEADS_FIRST, here, kernel=blocks, lse=False
+    )
     out, _ = attention(operands, plan)
     return out[0]
 
@@ -249,7 +252,17 @@ def _in_integers(
     operands = Operands(unsigned(q)[None], k[None], v[None], scores, quantization=quantization)
     blocks = summable("q", q.shape[-1], config.block_sizes)
     dtype = np.dtype(np.float32)
-    plan = plan_int8(1, k.shape[1], blocks, Layout.HEADS_FIRST, dtype, here, probabilities)
+    plan = plan_int8(
+        operands.q,
+        k.shape[1],
+        blocks,
+        Layout.HEADS_FIRST,
+        dtype,
+        here,
+        probabilities,
+        config.block_sizes,
+        lse=False,
+    )
     return attention(operands, plan)[0][0]
 
 

@@ -26,7 +26,7 @@ from .._checks.numbers import (
 from .._checks.shapes import accumulator
 from .._machine.processor import Machine, machine
 from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
-from .._machine.tuned import best_blocks, tuned
+from .._machine.tuned import best_blocks, best_kernel_blocks, tuned
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
 from .._masks.positions import CausalMask, LengthMask, WindowMask
@@ -109,6 +109,7 @@ class Options(NamedTuple):
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False  # False where nothing is dropped
     probabilities: np.dtype | None = None  # what int8 products take them as; None: of floats
+    lse: bool = True  # False: the output alone is asked for
     tuned: int = 0  # state of the tuned tiles: a call after a ``tune`` is traced anew
 
     def problem(self, query: Any, key: Any, masked: bool) -> Problem:
@@ -132,7 +133,8 @@ class Bound(NamedTuple):
     scores: Scores
     sinks: Array | None  # (B or 1, N)
     dropout_key: Array | None  # (B or 1, 2)
-    blocks: BlockSizes
+    blocks: BlockSizes  # of the exact loop
+    kernel: BlockSizes  # of the kernels, where there are any
 
 
 def check_options(
@@ -165,11 +167,11 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     dropout_key = None
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
-    blocks = options.blocks
-    if blocks is None:
-        masked = scores.mask is not None
-        blocks = best_blocks(options.problem(query, key, masked))
-    return Bound(scores, arrays.sinks, dropout_key, blocks)
+    blocks = kernel = options.blocks
+    if blocks is None or kernel is None:
+        problem = options.problem(query, key, scores.mask is not None)
+        blocks, kernel = best_blocks(problem), best_kernel_blocks(problem)
+    return Bound(scores, arrays.sinks, dropout_key, blocks, kernel)
 
 
 def one_mask(bound: Arrays, options: Options) -> Mask | None:

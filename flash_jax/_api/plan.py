@@ -23,6 +23,10 @@ from .._tiles.layout import Layout
 from .._tiles.symbolic import known
 from .._tiles.tile import Axis, BlockSizes
 
+# In a step: XLA's library does not take operations with fewer elements than 4,096, and where there
+# are few scores one more way of computing them is not worth its time to compile.
+FEWEST_SCORES = 2**16
+
 
 def plan_floats(
     query: Any,
@@ -32,6 +36,8 @@ def plan_floats(
     here: Machine,
     dropout_rate: float = 0.0,
     broadcast_dropout: bool = False,
+    kernel: BlockSizes | None = None,
+    lse: bool = True,
 ) -> Plan:
     """The plan for floats.
 
@@ -39,8 +45,12 @@ def plan_floats(
         query: with a batch axis, laid out as ``layout`` says.
         key: alike.
         here: the machine that the call is compiled for.
+        dropout_rate: in [0, 1).
+        broadcast_dropout: whether all heads drop the same.
+        kernel: positions per tile, where a tile is one kernel.
+        lse: whether it is asked for.
     """
-    B, N, T, _ = layout.sizes(query)
+    B, N, T, H = layout.sizes(query)
     _, K, S, _ = layout.sizes(key)
     # Keys that are read more than once come into order by head first.
     read_once = known(T) and blocks.q >= T
@@ -54,6 +64,9 @@ def plan_floats(
         rows = N // K * q.block
         if few_rows(rows, heads_per_step(step_scores, K, rows * kv.block)):
             number_format = FewRows(dtype)
+    # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
+    if H == 1 or dtype == np.float64 or dropout_rate or not isinstance(number_format, Floats):
+        kernel = None
     return Plan(
         blocks=blocks,
         layout=layout,
@@ -63,36 +76,58 @@ def plan_floats(
         format=number_format,
         step_scores=step_scores,
         fused=kv.block <= FUSED_KEYS,
+        kernel=_tiles_of_kernels(here, kernel, B, N, T, S),
+        lse=lse,
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,
     )
 
 
+def _tiles_of_kernels(
+    here: Machine, kernel: BlockSizes | None, B: Any, N: Any, T: Any, S: Any
+) -> BlockSizes | None:
+    """``kernel`` where XLA makes one kernel of a tile, and where that pays; else None."""
+    if kernel is None or not here.one_kernel or not all(map(known, (B, T, S))):
+        return None
+    enough = B * N * min(T, kernel.q) * min(S, kernel.kv) >= FEWEST_SCORES
+    return kernel if enough else None
+
+
 def plan_int8(
-    elements: Any,
+    query: Any,
     S: Any,
     blocks: BlockSizes,
     layout: Layout,
     dtype: np.dtype,
     here: Machine,
     probabilities: np.dtype,
+    kernel: BlockSizes | None = None,
+    lse: bool = True,
 ) -> Plan:
     """The plan for integers.
 
     Args:
-        elements: B.
+        query: with a batch axis, laid out as ``layout`` says.
         S: keys.
         dtype: of the output.
         here: the machine that the call is compiled for.
         probabilities: what they are rounded to.
+        kernel: positions per tile, where a tile is one kernel.
+        lse: whether it is asked for.
     """
+    B, N, T, H = layout.sizes(query)
+    # Kernels multiply bytes as bfloat16, and sum up to 1,024 products of 128 by 127 without error.
+    if not here.bfloat16 or H not in range(2, 1025):
+        kernel = None
     return Plan(
         blocks=blocks,
         layout=layout,
         kv_layout=Layout.HEADS_FIRST,
-        elements=elements,
+        elements=B,
         dtype=dtype,
         format=Int8(probabilities),
         step_scores=score_bytes(here) // 4,
+        kernel=_tiles_of_kernels(here, kernel, B, N, T, S),
+        lse=lse,
         fused=Axis.of(S, blocks.kv).block <= FUSED_KEYS,
     )

@@ -34,7 +34,10 @@ class FewRows:
 
     dtype: np.dtype
 
-    def products(self, operands: Operands, plan: Plan, tile: QueryTile) -> Products:
+    def products(
+        self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False
+    ) -> Products:
+        assert not fused
         return _streaming_products(self.dtype, operands, plan, tile)
 
 

@@ -37,12 +37,12 @@ from jax import numpy as jnp
 
 from .._passes import online_softmax as online
 from .._passes.exp import exp
-from .._passes.operands import Operands, key_columns, kv_tile, q_tile, query_rows
+from .._passes.operands import Operands, Quantization, key_columns, kv_tile, q_tile, query_rows
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import BlockSizes, QueryTile
 from .._tiles.xla import apart, dot_u8_s8, rounded
-from .floats import weigh_bfloat16
+from .floats import weigh_bfloat16, weigh_fused
 
 ZERO_POINT = 128  # of the queries
 MOST_SUMMED = 2**16  # products of bytes that an int32 holds the sum of
@@ -56,20 +56,20 @@ class Int8:
 
     probabilities: np.dtype
 
-    def products(self, operands: Operands, plan: Plan, tile: QueryTile) -> Products:
-        return _int8_products(self.probabilities, operands, plan, tile)
+    def products(
+        self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False
+    ) -> Products:
+        of_tile = _fused_products if fused else _int8_products
+        return of_tile(self.probabilities, operands, plan, tile)
 
 
 def _int8_products(
     probabilities: np.dtype, operands: Operands, plan: Plan, tile: QueryTile
 ) -> Products:
     assert operands.quantization is not None
-    q_scale, q_shift, k_scale, k_zero, v_scale = operands.quantization
+    _, _, k_scale, k_zero, v_scale = operands.quantization
     q = apart(q_tile(plan, tile, operands.q, np.dtype(np.uint8)))
-    q_scale = query_rows(tile, q_scale)[..., None]
-    if q_shift is not None:
-        q_shift = query_rows(tile, q_shift)[..., None]
-    per_channel = v_scale.shape[2] == 1
+    q_scale, q_shift = _of_rows(operands.quantization, tile)
 
     def scores(j: Array) -> Array:
         zero, scale = (key_columns(tile, x, j)[:, None] for x in (k_zero, k_scale))
@@ -81,24 +81,70 @@ def _int8_products(
 
     def values(j: Array) -> Array:
         v = kv_tile(plan, tile, operands.v, j, np.dtype(np.int8))
-        if probabilities == np.uint8:
-            return v
-        if not per_channel:
-            v = v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j)[..., None]
-        return v.astype(probabilities)
+        return (
+            v if probabilities == np.uint8 else _scaled(v, v_scale, tile, j).astype(probabilities)
+        )
 
-    def finish(o: Array) -> Array:
-        if not per_channel:
-            return o
-        return o * lax.dynamic_slice_in_dim(tile.of_instance(v_scale), tile.head, tile.heads)
-
-    products = Products(scores, values, online.dot, finish, floats=False)
+    finish = functools.partial(_scaled_by_channel, v_scale, tile)
+    products = Products(scores, values, online.dot, finish, floats=False, coarse=True)
     if probabilities == np.float32:
         return products
     products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits
     if probabilities == jnp.bfloat16:
         return products._replace(weigh=weigh_bfloat16)
     return products._replace(weigh=vmap(_weigh_uint8), absorb=online.absorb_apart)
+
+
+def _fused_products(
+    probabilities: np.dtype, operands: Operands, plan: Plan, tile: QueryTile
+) -> Products:
+    """The same for one kernel per tile, which multiplies the integers as bfloat16.
+
+    Bytes are exact in it, and sums of their products in float32 up to 2^24. Probabilities are
+    bfloat16 even where uint8 would do.
+    """
+    assert operands.quantization is not None
+    _, _, k_scale, _, v_scale = operands.quantization
+    bfloat16 = np.dtype(jnp.bfloat16)
+    q = q_tile(plan, tile, operands.q, np.dtype(np.int32)) - ZERO_POINT
+    q = apart(q.astype(bfloat16))
+    q_scale, q_shift = _of_rows(operands.quantization, tile)
+    dtype = bfloat16 if probabilities == np.uint8 else probabilities
+
+    def scores(j: Array) -> Array:
+        k = kv_tile(plan, tile, operands.k, j, bfloat16)
+        integers = online.dot(q, k, -1, np.float32)
+        s = integers * (key_columns(tile, k_scale, j)[:, None] * q_scale)
+        return s if q_shift is None else s + q_shift
+
+    def values(j: Array) -> Array:
+        v = kv_tile(plan, tile, operands.v, j, dtype)
+        return _scaled(v, v_scale, tile, j).astype(dtype)
+
+    finish = functools.partial(_scaled_by_channel, v_scale, tile)
+    coarse = dtype == bfloat16
+    weigh = weigh_fused if coarse else online.dot
+    return Products(scores, values, weigh, finish, floats=False, coarse=coarse)
+
+
+def _of_rows(quantization: Quantization, tile: QueryTile) -> tuple[Array, Array | None]:
+    """Scales and shifts of the queries, (heads, rows, 1)."""
+    scale, shift = quantization.q_scale, quantization.q_shift
+    shift = None if shift is None else query_rows(tile, shift)[..., None]
+    return query_rows(tile, scale)[..., None], shift
+
+
+def _scaled(v: Array, v_scale: Array, tile: QueryTile, j: Array) -> Array:
+    """Values of key tile j times scales per row, in float32; those per channel come at the end."""
+    if v_scale.shape[2] == 1:
+        return v
+    return v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j)[..., None]
+
+
+def _scaled_by_channel(v_scale: Array, tile: QueryTile, o: Array) -> Array:
+    if v_scale.shape[2] != 1:
+        return o
+    return o * lax.dynamic_slice_in_dim(tile.of_instance(v_scale), tile.head, tile.heads)
 
 
 def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:

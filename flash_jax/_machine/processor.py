@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from .._tiles.jax_versions import ONE_KERNEL
+
 _CPUINFO = Path("/proc/cpuinfo")
 _LINUX_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -24,6 +26,7 @@ class Machine(NamedTuple):
     l3: int
     measured: bool  # False: the cache sizes are the documented defaults
     bfloat16: bool = False  # whether it has instructions that multiply bfloat16
+    one_kernel: bool = False  # whether XLA makes one kernel of a tile
 
 
 # A small x86 or Arm core of today.
@@ -40,7 +43,7 @@ def machine() -> Machine:
     caches = _darwin_caches() if platform.system() == "Darwin" else _linux_caches(_LINUX_CACHES)
     measured = bool(caches.get(1) and caches.get(2))
     sizes = (caches[1], caches[2], caches.get(3, 0)) if measured else DEFAULT_CACHES
-    return Machine(cores, *sizes, measured, _multiplies_bfloat16(_CPUINFO))
+    return Machine(cores, *sizes, measured, _multiplies_bfloat16(_CPUINFO), ONE_KERNEL)
 
 
 def _linux_caches(folder: Path) -> dict[int, int]:

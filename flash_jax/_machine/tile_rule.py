@@ -25,6 +25,10 @@ FUSED_KEYS = 256
 # values, and those of all heads, of which more would take longer to multiply than the keys to read.
 _MOST_ROWS = 8
 _MOST_COLUMNS = 64
+# Of one kernel per tile: rows that a task takes, keys that it takes at once, bytes of all tasks.
+_KERNEL_ROWS = 512
+_KERNEL_KEYS = 4096
+_KERNEL_SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
 SYMBOLIC_LENGTH = 256
 _STREAMED_KEYS = 512  # per tile, where not all keys are read at once
@@ -100,6 +104,20 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     block_kv = _even(S, block_kv)
     most = max(64, score_bytes(machine) // (4 * block_kv * groups))
     return BlockSizes(_even(T, min(block_q, most)), block_kv)
+
+
+def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
+    """Tiles for a problem where a tile is one kernel.
+
+    A task of the kernel holds the scores of some 512 rows, and there is one per core.
+    """
+    T, S = max(problem.T, 1), max(problem.S, 1)
+    if problem.masked:
+        reach = problem.S if problem.reach is None else max(128, _power_of_two(problem.reach))
+        return BlockSizes(_even(T, _KERNEL_ROWS), _even(S, min(_KERNEL_ROWS, reach)))
+    most = _KERNEL_SCRATCH // (4 * _KERNEL_ROWS * machine.cores)
+    whole = min(most, _KERNEL_KEYS) >= S
+    return BlockSizes(_even(T, _MAX_BLOCK_Q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
 
 
 def _even(length: int, block: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 from .._tiles.tile import BlockSizes
 from .._version import __version__
 from .processor import machine, processor
-from .tile_rule import Problem, fastest_blocks
+from .tile_rule import Problem, fastest_blocks, kernel_blocks
 
 Choices = dict[Problem, BlockSizes]
 
@@ -30,6 +30,11 @@ _changes = 0
 def best_blocks(problem: Problem) -> BlockSizes:
     """The tiles to use for a problem."""
     return stored().get(_key(problem)) or fastest_blocks(machine(), problem)
+
+
+def best_kernel_blocks(problem: Problem) -> BlockSizes:
+    """The tiles to use for a problem where a tile is one kernel."""
+    return stored().get(_key(problem)) or kernel_blocks(machine(), problem)
 
 
 def tuned() -> int:

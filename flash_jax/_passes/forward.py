@@ -1,5 +1,8 @@
 """The forward pass: for every tile of queries, one walk over the key tiles it may read.
 
+Where XLA makes one kernel of a tile, all tiles go that way first (``kernel``). The exact loop then
+does all of them again if a result is not known to be right, and else runs no step.
+
 Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 """
 
@@ -13,10 +16,12 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._tiles.load import put_tile
-from .._tiles.tile import QueryTile
+from .._tiles.tile import Axis, QueryTile
+from .._tiles.xla import in_every_element
 from . import online_softmax as online
+from .kernel import kernel_tile, whole_rows
 from .nonfinite import all_finite, finite, with_kept_nonfinite
-from .operands import Dimensions, Operands, kept_weights
+from .operands import Dimensions, Operands, kept_weights, with_sinks
 from .plan import Plan
 from .products import Products
 from .walk import over_key_tiles, over_query_tiles
@@ -49,28 +54,76 @@ def forward(operands: Operands, plan: Plan) -> Results:
         sinks = operands.sinks.astype(dims.acc)[..., None]
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
+    right = None
+    if plan.kernel is not None:
+        results, right = _by_kernels(operands, plan, results)
 
     def step(tile: QueryTile, results: Results) -> Results:
         state = tile.each(lambda tile, operands: forward_tile(operands, plan, tile), operands)
-        out, lse = online.finish(state)
-        n, t = tile.head * tile.groups, tile.q.start(tile.i)
-        shape = (tile.together, tile.heads * tile.groups, tile.q.block)
-        out = out.reshape(*shape, dims.Hv).astype(plan.dtype)
-        rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
-        return Results(
-            put_tile(plan.layout, results.out, out, tile.instance, n, t),
-            *(
-                lax.dynamic_update_slice(x, new, (tile.instance, n, t))
-                for x, new in zip(results[1:], rows, strict=True)
-            ),
-        )
+        return _with_tile(plan, tile, results, state)
 
-    return over_query_tiles(operands, plan, step, results, copies=1, several=True)
+    return over_query_tiles(operands, plan, step, results, copies=1, several=True, unless=right)
+
+
+def output(operands: Operands, plan: Plan) -> Array:
+    """The output alone."""
+    if plan.kernel is None or not _in_whole_rows(operands, plan):
+        return forward(operands, plan).out
+
+    def step(tile: QueryTile, out: Array) -> Array:
+        new = tile.each(lambda tile, operands: whole_rows(operands, plan, tile), operands)
+        return _with_output(plan, tile, out, new)
+
+    shape, plan = forward_shapes(operands, plan).out, plan.of_kernels
+    out = jnp.zeros(shape.shape, shape.dtype)
+    return over_query_tiles(operands, plan, step, out, copies=1, several=True)
+
+
+def _in_whole_rows(operands: Operands, plan: Plan) -> bool:
+    """Whether every row reads all keys, in one tile."""
+    dims = Dimensions.of(operands, plan)
+    kv = Axis.of(dims.S, plan.of_kernels.blocks.kv)
+    sole = kv.count == 1 and operands.scores.always_full(kv)
+    return sole and operands.sinks is None and not dims.empty
+
+
+def _by_kernels(operands: Operands, plan: Plan, results: Results) -> tuple[Results, Array]:
+    """The results by one kernel per tile, and whether all of them are right."""
+    plan = plan.of_kernels
+
+    def step(tile: QueryTile, carry: tuple[Results, Array]) -> tuple[Results, Array]:
+        state, right = tile.each(lambda tile, operands: kernel_tile(operands, plan, tile), operands)
+        return _with_tile(plan, tile, carry[0], state), carry[1] & jnp.all(right)
+
+    carry = results, jnp.array(True)
+    results, right = over_query_tiles(operands, plan, step, carry, copies=1, several=True)
+    return results, in_every_element(right)
+
+
+def _with_tile(plan: Plan, tile: QueryTile, results: Results, state: online.State) -> Results:
+    """The results with those of one tile of queries."""
+    out, lse = online.finish(state)
+    n, t = tile.head * tile.groups, tile.q.start(tile.i)
+    shape = (tile.together, tile.heads * tile.groups, tile.q.block)
+    rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
+    return Results(
+        _with_output(plan, tile, results.out, out),
+        *(
+            lax.dynamic_update_slice(x, new, (tile.instance, n, t))
+            for x, new in zip(results[1:], rows, strict=True)
+        ),
+    )
+
+
+def _with_output(plan: Plan, tile: QueryTile, out: Array, new: Array) -> Array:
+    n, t = tile.head * tile.groups, tile.q.start(tile.i)
+    shape = (tile.together, tile.heads * tile.groups, tile.q.block, out.shape[-1])
+    return put_tile(plan.layout, out, new.reshape(shape).astype(plan.dtype), tile.instance, n, t)
 
 
 def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     """The state (heads, rows) of one tile of queries after all the keys its rows may read."""
-    scores, sinks, acc = operands.scores, operands.sinks, Dimensions.of(operands, plan).acc
+    scores, acc = operands.scores, Dimensions.of(operands, plan).acc
     products = plan.format.products(operands, plan, tile)
     careful = products.floats and not scores.always_full(tile.kv)
 
@@ -98,9 +151,7 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
     if careful:
         state = state._replace(o=with_kept_nonfinite(operands, plan, tile, clean, state.o))
     state = state._replace(o=products.finish(state.o))
-    if sinks is not None:
-        state = online.add_logit(state, tile.as_rows(tile.of_heads(sinks).astype(acc), 1)[..., 0])
-    return state
+    return with_sinks(operands, tile, state)
 
 
 def _absorb(

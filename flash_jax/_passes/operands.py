@@ -13,6 +13,7 @@ from .._tiles.jax_versions import varying_axes
 from .._tiles.load import take_tile
 from .._tiles.symbolic import largest
 from .._tiles.tile import QueryTile
+from . import online_softmax as online
 from .dropout import drop
 from .plan import Plan
 from .scores import Scores
@@ -129,6 +130,14 @@ def kept_weights(operands: Operands, plan: Plan, tile: QueryTile, j: Array) -> A
         return None
     rate, every_head = plan.dropout_rate, plan.broadcast_dropout
     return drop(operands.dropout_key, rate, every_head, tile, j, accumulator(plan.dtype))
+
+
+def with_sinks(operands: Operands, tile: QueryTile, state: online.State) -> online.State:
+    """The state (heads, rows) with each head's sink, if there are any."""
+    if operands.sinks is None:
+        return state
+    sinks = tile.of_heads(operands.sinks).astype(state.m.dtype)
+    return online.add_logit(state, tile.as_rows(sinks, 1)[..., 0])
 
 
 def varying_as(operands: Operands, tree: C) -> C:

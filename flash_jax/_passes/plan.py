@@ -14,6 +14,11 @@ from .._tiles.layout import Layout
 from .._tiles.tile import BlockSizes
 from .products import Format
 
+# Of a step of kernels. No score is stored, but would be should XLA not fuse: 256 MiB at the most.
+# Copies of queries, keys and values are: past 8 MiB each call pays for fresh pages.
+KERNEL_SCORES = 2**26
+KERNEL_NUMBERS = 2**21
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -28,6 +33,11 @@ class Plan:
         dtype: of the output.
         format: how a tile is multiplied.
         step_scores: how many float32 scores a step should hold.
+        step_numbers: how many numbers of queries, keys, values and output a step of several
+            instances should hold; None: as few as the scores allow.
+        kernel: positions per tile of the fast way, one kernel per tile; None: there is none, and
+            the exact loop serves alone.
+        lse: whether the caller asks for lse, and not for the output alone.
         fused: whether XLA makes one kernel of product, maximum and difference of whole rows, which
             then is the fastest way.
         dropout_rate: in [0, 1).
@@ -41,6 +51,18 @@ class Plan:
     dtype: np.dtype
     format: Format
     step_scores: int
+    step_numbers: int | None = None
+    kernel: BlockSizes | None = None
+    lse: bool = True
     fused: bool = False
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False
+
+    @property
+    def of_kernels(self) -> Plan:
+        """The plan of the walk that makes one kernel of a tile."""
+        assert self.kernel is not None
+        scores, numbers = KERNEL_SCORES, KERNEL_NUMBERS
+        return dataclasses.replace(
+            self, blocks=self.kernel, step_scores=scores, step_numbers=numbers
+        )

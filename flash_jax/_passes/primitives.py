@@ -35,22 +35,24 @@ from .._checks.shapes import no_taylor_series
 from .._tiles.jax_versions import report_nan
 from .._tiles.symbolic import known
 from .backward import backward, gradient_shapes
-from .forward import Results, forward, forward_shapes
+from .forward import Results, forward, forward_shapes, output
 from .operands import Differentiable, Operands, varying_as
 from .plan import Plan
 from .tangent import tangent
 from .whole_tiles import in_whole_tiles
 
 
-def attention(operands: Operands, plan: Plan) -> tuple[Array, Array]:
-    """Output, laid out as q and of its dtype, and natural-log lse (B, N, T)."""
+def attention(operands: Operands, plan: Plan) -> tuple[Array, Array | None]:
+    """Output, laid out as q and of its dtype, and natural-log lse (B, N, T), None if not asked."""
     T = plan.layout.sizes(operands.q)[2]
     operands = in_whole_tiles(operands, plan)
     leaves, tree = jax.tree.flatten(_split(varying_as(operands, operands)))
-    out, lse, *_ = attention_p.bind(*leaves, tree=tree, plan=plan)
+    out, *rest = attention_p.bind(*leaves, tree=tree, plan=plan, statistics=plan.lse)
+    lse = rest[0] if rest else None
     if known(T):
         return out, lse
-    return lax.slice_in_dim(out, 0, T, axis=plan.layout.value), lse[..., :T]
+    out = lax.slice_in_dim(out, 0, T, axis=plan.layout.value)
+    return out, None if lse is None else lse[..., :T]
 
 
 def _split(operands: Operands) -> tuple[Differentiable, Operands]:
@@ -73,12 +75,14 @@ def _names(tree: Any) -> list[str]:
     return [name for name, x in differentiable._asdict().items() if x is not None]
 
 
-def _attention(*leaves: Array, tree: Any, plan: Plan) -> list[Array]:
-    return list(forward(_join(tree, leaves)[0], plan))
+def _attention(*leaves: Array, tree: Any, plan: Plan, statistics: bool) -> list[Array]:
+    operands, _ = _join(tree, leaves)
+    return list(forward(operands, plan)) if statistics else [output(operands, plan)]
 
 
-def _attention_shapes(*leaves: Any, tree: Any, plan: Plan) -> list[Any]:
-    return list(forward_shapes(_join(tree, leaves)[0], plan))
+def _attention_shapes(*leaves: Any, tree: Any, plan: Plan, statistics: bool) -> list[Any]:
+    results = forward_shapes(_join(tree, leaves)[0], plan)
+    return list(results) if statistics else [results.out]
 
 
 def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Array]:
@@ -88,7 +92,7 @@ def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> lis
 
 
 def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Any]:
-    return _attention_shapes(*leaves, tree=tree, plan=plan)[:2]
+    return _attention_shapes(*leaves, tree=tree, plan=plan, statistics=True)[:2]
 
 
 def _gradient(
@@ -169,25 +173,26 @@ gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
 
 
 def _attention_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, plan: Plan
+    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, plan: Plan, statistics: bool
 ) -> tuple[list[Array], list[Any]]:
     operands, _ = _join(tree, primals)
     # Integers have no derivatives: their callers give those of the floats that they stand for.
     assert operands.quantization is None
-    results = attention_p.bind(*primals, tree=tree, plan=plan)
+    results = attention_p.bind(*primals, tree=tree, plan=plan, statistics=True)
     results = [checkpoint_name(x, "flash_attention") for x in results]
     _, _, m, l = results
     names = _names(tree)
     given = {
         name: x for name, x in zip(names, tangents, strict=False) if not isinstance(x, ad.Zero)
     }
+    count = len(results) if statistics else 1  # how many the caller asked for
     if not given:
-        return results, [jnp.zeros_like(x) for x in results]
+        return results[:count], [jnp.zeros_like(x) for x in results[:count]]
     moving = tangent_p.bind(
         *primals, *results, *given.values(), tree=tree, plan=plan, wrt=tuple(given)
     )
     # lse = m + log l, with m held still.
-    return results, [*moving, jnp.zeros_like(m), l * moving[1]]
+    return results[:count], [*moving, jnp.zeros_like(m), l * moving[1]][:count]
 
 
 def _jvp(

@@ -22,11 +22,16 @@ class Products(NamedTuple):
     absorb: Callable[..., online.State] = online.absorb  # (state, s, v, weigh, exp) -> state
     exp: Callable[[Array], Array] = exp
     floats: bool = True  # values may be NaN or infinite
+    coarse: bool = False  # weigh rounds p to bfloat16 or less
 
 
 class Format(Protocol):
     """A frozen dataclass: it is compared, and compiled in."""
 
-    def products(self, operands: Any, plan: Any, tile: QueryTile) -> Products:
-        """The products of one tile of queries."""
+    def products(self, operands: Any, plan: Any, tile: QueryTile, fused: bool = False) -> Products:
+        """The products of one tile of queries.
+
+        Args:
+            fused: for one kernel per tile, of operations that XLA's library has (``kernel``).
+        """
         ...

@@ -49,6 +49,11 @@ class Scores(NamedTuple):
         """Whether every tile needs a mask: a bias may be -inf anywhere."""
         return self.bias is not None
 
+    @property
+    def alike(self) -> bool:
+        """Whether all instances have the same schedule."""
+        return self.bias is None and all(x.shape[0] == 1 for x in jax.tree.leaves(self.mask))
+
     def schedule_row(self, tile: QueryTile) -> Array:
         """What each key tile is, as ``_schedule.status``."""
         row = status(self.mask, tile)
@@ -74,11 +79,15 @@ class Scores(NamedTuple):
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
         """The mask of key tile j: bool (heads, rows, block_kv)."""
+        return tile.as_rows(self.kept(tile, j))
+
+    def kept(self, tile: QueryTile, j: Array) -> Array:
+        """The mask of key tile j: bool, broadcastable to ``tile.shape()``."""
         kept = keep_tile(self.mask, tile, j)
         if self.bias is not None:
             bias = tile.of_scores(self.bias, j).astype(self.scale.dtype)
             kept = kept & ~jnp.isneginf(bias)
-        return tile.as_rows(kept)
+        return kept
 
     def products(self, q: Array, k: Array) -> Array:
         """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
@@ -93,12 +102,19 @@ class Scores(NamedTuple):
             None if self.bias is None else tile.of_scores(self.bias, j),
         )
 
-    def logits(self, tile: QueryTile, j: Array, local: Local, s: Array) -> Array:
-        """What the products s (heads, rows, block_kv) of key tile j become before the mask."""
+    def logits(
+        self, tile: QueryTile, j: Array, local: Local, s: Array, fused: bool = False
+    ) -> Array:
+        """What the products s (heads, rows, block_kv) of key tile j become before the mask.
+
+        Args:
+            fused: of operations that XLA's library has, for one kernel per tile.
+        """
         soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
         if soft_cap is not None:
             # A constant cap would divide by its reciprocal, and give other bits than a traced one.
-            s = rounded(soft_cap * jnp.tanh(s * (1 / soft_cap)))
+            s = soft_cap * jnp.tanh(s * (1 / soft_cap))
+            s = s if fused else rounded(s)
         if slopes is not None and self.offset is not None:
             distance = jnp.abs(tile.t + tile.of_instance(self.offset) - tile.s(j)).astype(s.dtype)
             s = s - tile.as_rows(slopes * distance)

@@ -30,21 +30,29 @@ def over_query_tiles(
     carry: C,
     copies: int,
     several: bool = False,
+    unless: Array | None = None,
 ) -> C:
     """Folds ``step`` over every tile of queries.
 
     Args:
         copies: how many arrays of a tile's scores live at once in a step.
         several: whether a step can do several instances.
+        unless: a bool; where it is true, the carry is returned as it is.
     """
     dims = Dimensions.of(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
     groups = dims.N // dims.K
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
     together = 1
-    if several and known(dims.instances) and kv.count == 1 and heads == dims.K:
-        scores, keys = dims.N * q.block * kv.block, dims.K * dims.S * (dims.H + dims.Hv)
-        together = instances_per_step(plan.step_scores, dims.instances, scores * copies, keys)
+    alike = kv.count == 1 or operands.scores.alike
+    if several and known(dims.instances) and alike and heads == dims.K:
+        scores, keys = dims.N * q.block * kv.block, dims.K * kv.block * (dims.H + dims.Hv)
+        if plan.step_numbers is not None:
+            together = _divisor(
+                dims.instances, plan.step_numbers // (keys + dims.N * q.block * (dims.H + dims.Hv))
+            )
+        else:
+            together = instances_per_step(plan.step_scores, dims.instances, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:
         instance, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
@@ -65,8 +73,10 @@ def over_query_tiles(
         )
         return step(tile, carry)
 
-    steps = dims.instances // together * (dims.K // heads) * q.count
-    return _loop(np.int32(0), as_int32(steps), at, varying_as(operands, carry))
+    steps = as_int32(dims.instances // together * (dims.K // heads) * q.count)
+    if unless is not None:
+        steps = jnp.where(unless, np.int32(0), steps)
+    return _loop(np.int32(0), steps, at, varying_as(operands, carry))
 
 
 def over_key_tiles(
@@ -91,6 +101,13 @@ def over_key_tiles(
     if not scores.always_partial:
         carry = _loop(np.int32(0), full, at(False), carry)
     return _loop(full, end, at(True), carry)
+
+
+def first_visited(operands: Operands, tile: QueryTile) -> Array:
+    """The key tile that ``over_key_tiles`` comes to first."""
+    if tile.kv.count == 1 or operands.scores.always_full(tile.kv):
+        return jnp.int32(0)
+    return visits(operands.scores.schedule_row(tile)).order[0]
 
 
 def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry: C) -> C:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jaxlib.version
 from jax import Array
 from jax.extend.core import Primitive
 
@@ -15,6 +16,10 @@ try:
     from jax._src import checkify
 except ImportError:  # should JAX move it, attention works on without these reports
     checkify = None
+
+
+# Whether XLA makes one kernel of a tile. 0.10 does, too, but a slow one.
+ONE_KERNEL = jaxlib.version.__version_info__ >= (0, 11)
 
 
 def varying_axes(x: Array) -> frozenset[str]:

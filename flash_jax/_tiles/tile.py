@@ -149,6 +149,10 @@ class QueryTile(NamedTuple):
         x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
         return x.reshape(self.heads, self.rows, -1)
 
+    def plus(self, s: Array, x: Array) -> Array:
+        """s (heads, rows, block_kv) + x, which broadcasts to ``shape()``, and is not spread."""
+        return (s.reshape(self.shape()) + x).reshape(s.shape)
+
     def each(self, function: Callable[[QueryTile, A], R], arrays: A) -> R:
         """function(tile, arrays) of every instance, its results along a first axis.
 

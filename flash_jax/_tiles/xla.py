@@ -65,6 +65,17 @@ def apart(x: Array) -> Array:
     return jnp.where(x > most - 1, most, x)
 
 
+def grown_from(x: Array, j: Array) -> Array:
+    """x (heads, rows), in a form that XLA grows a kernel from; j >= 0, of the loop around.
+
+    It grows a kernel from a reduction that is used once, over all operations around that its
+    library has. Here that is the sum of x and 15 zeros. A select keeps XLA from taking the zeros
+    away, and j keeps it from taking the sum out of the loop (0.11, 0.12).
+    """
+    wide = jnp.pad(x[..., None], [(0, 0)] * x.ndim + [(0, 15)])
+    return jnp.sum(jnp.where((j < 0) | jnp.isnan(wide), jnp.nan, wide), axis=-1)
+
+
 def part_of(x: Array, part: slice, dtype: np.dtype) -> Array:
     """x[part] in dtype, which is float32 where x is bfloat16.
 
