@@ -67,6 +67,7 @@ def plan_floats(
     # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
     if H == 1 or dtype == np.float64 or dropout_rate or not isinstance(number_format, Floats):
         kernel = None
+    kernel = _tiles_of_kernels(here, kernel, B, N, T, S)
     return Plan(
         blocks=blocks,
         layout=layout,
@@ -76,7 +77,8 @@ def plan_floats(
         format=number_format,
         step_scores=step_scores,
         fused=kv.block <= FUSED_KEYS,
-        kernel=_tiles_of_kernels(here, kernel, B, N, T, S),
+        kernel=kernel,
+        multiplied=None if kernel is None else dtype,
         lse=lse,
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,

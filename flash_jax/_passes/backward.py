@@ -12,15 +12,15 @@ Dao, FlashAttention-2, 2023, Algorithm 2, https://arxiv.org/abs/2307.08691
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
 from jax import Array
 from jax import numpy as jnp
 
-from .._tiles.tile import QueryTile
+from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import dot
+from .backward_kernels import Rows, kernel_step
 from .forward import Results
 from .gradients import Gradients, gradient_shapes
 from .nonfinite import finite
@@ -46,10 +46,30 @@ def backward(
         entries: the operands to differentiate, and the first axis of each gradient. Where that is
             less than the output's, the gradient is summed over the instances that share an entry.
     """
+    dims = Dimensions.of(operands, plan)
     gradients = Gradients.start(operands, plan, entries)
-    if not Dimensions.of(operands, plan).empty:
-        step = functools.partial(backward_tile, operands, results, d_out, d_lse, plan)
-        gradients = over_query_tiles(operands, plan, step, gradients, copies=3)
+    if dims.empty:
+        return gradients.finish(gradient_shapes(operands, entries))
+    if plan.multiplied is not None:
+        plan = plan.of_backward
+    arrays = operands, results, d_out, d_lse
+
+    def step(tile: QueryTile, gradients: Gradients) -> Gradients:
+        if tile.together == 1:
+            return backward_tile(*arrays, plan, tile, gradients)
+        return gradients.add_instances(tile, tile.each(of_instance, arrays))
+
+    def of_instance(tile: QueryTile, arrays: tuple[Operands, Results, Array, Array]) -> Gradients:
+        none = Gradients.start(arrays[0], plan, dict.fromkeys(entries, 1))
+        return backward_tile(*arrays, plan, tile, none)
+
+    # Of several instances that lie in one tile each, and share either all of an operand or nothing.
+    several = (
+        Axis.of(dims.T, plan.blocks.q).count == 1 and Axis.of(dims.S, plan.blocks.kv).count == 1
+    )
+    several = several and {*entries.values()} <= {1, dims.instances}
+    copies = 1 if plan.multiplied is not None else 3
+    gradients = over_query_tiles(operands, plan, step, gradients, copies=copies, several=several)
     return gradients.finish(gradient_shapes(operands, entries))
 
 
@@ -106,7 +126,14 @@ def backward_tile(
 
         return at
 
-    dq, gradients = over_key_tiles(operands, tile, step, (jnp.zeros_like(q), gradients))
+    def by_kernels(masked: bool) -> Callable[[Array, tuple], tuple]:
+        plain = scores.soft_cap is None and scores.alibi_slopes is None
+        if masked or plan.multiplied is None or not plain:
+            return step(masked)
+        rows = Rows(unscaled, d_o, m, l, delta)
+        return kernel_step(operands, plan, plan.multiplied, tile, rows)
+
+    dq, gradients = over_key_tiles(operands, tile, by_kernels, (jnp.zeros_like(q), gradients))
     gradients = gradients.add_queries("q", tile, scores.scaled(tile, dq))
     gradients = gradients.add_instance("scale", tile, jnp.sum(dq * finite(unscaled)))
     if operands.sinks is None:

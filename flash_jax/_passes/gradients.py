@@ -53,6 +53,16 @@ class Gradients:
                 sums[name] = jnp.moveaxis(turned, 2, self.plan.kv_layout.value)
         return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
 
+    def add_instances(self, tile: QueryTile, of_each: Gradients) -> Gradients:
+        """Adds the gradients of every instance of the tile, each with a first axis in front."""
+        sums = dict(self.sums)
+        for name, x in of_each.sums.items():
+            if sums[name].shape[0] == tile.instances:
+                sums[name] = lax.dynamic_update_slice_in_dim(sums[name], x[:, 0], tile.instance, 0)
+            else:
+                sums[name] += jnp.sum(x, axis=0)
+        return Gradients(sums, self.plan)
+
     def add_keys(self, name: str, tile: QueryTile, j: Array, x: Array) -> Gradients:
         """Adds x (heads, H, block_kv) at key tile j."""
         return self._add(name, tile, (tile.head, jnp.int32(0), tile.kv.start(j)), x[None])

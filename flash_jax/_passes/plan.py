@@ -18,6 +18,8 @@ from .products import Format
 # Copies of queries, keys and values are: past 8 MiB each call pays for fresh pages.
 KERNEL_SCORES = 2**26
 KERNEL_NUMBERS = 2**21
+# Of the two tiles of scores that a step of the backward pass stores.
+BACKWARD_BYTES = 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Plan:
             instances should hold; None: as few as the scores allow.
         kernel: positions per tile of the fast way, one kernel per tile; None: there is none, and
             the exact loop serves alone.
+        multiplied: what kernels of the backward pass multiply; None: there are none.
         lse: whether the caller asks for lse, and not for the output alone.
         fused: whether XLA makes one kernel of product, maximum and difference of whole rows, which
             then is the fastest way.
@@ -53,6 +56,7 @@ class Plan:
     step_scores: int
     step_numbers: int | None = None
     kernel: BlockSizes | None = None
+    multiplied: np.dtype | None = None
     lse: bool = True
     fused: bool = False
     dropout_rate: float = 0.0
@@ -66,3 +70,11 @@ class Plan:
         return dataclasses.replace(
             self, blocks=self.kernel, step_scores=scores, step_numbers=numbers
         )
+
+    @property
+    def of_backward(self) -> Plan:
+        """The plan of the backward pass where it makes kernels of full tiles."""
+        assert self.multiplied is not None
+        blocks = BlockSizes(min(self.blocks.q, 512), min(self.blocks.kv, 512))
+        scores = BACKWARD_BYTES // (2 * self.multiplied.itemsize)
+        return dataclasses.replace(self, blocks=blocks, step_scores=scores)
