@@ -162,7 +162,7 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
 def attention_of_floats(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options
 ) -> tuple[Array, Array | None]:
-    """The output and lse, compiled once per shapes and ``options``; lse None where not asked for."""
+    """The output, and lse where it is asked for; compiled once per shapes and ``options``."""
     check_qkv(query, key, value)
     return with_batch_axis(_attend, query, key, value, arrays, options)
 
