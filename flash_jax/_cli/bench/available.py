@@ -52,5 +52,5 @@ def _version_of_torch(entry: Entry) -> str:
             raise InputError(f"{wanted}: {error}") from error
     torch, python = found["torch"], found["Python"]
     if torch is None:
-        raise InputError(f"{wanted} has no torch")
+        raise InputError(f"{wanted}: it has no torch")
     return torch if python == platform.python_version() else f"{torch} (Python {python})"

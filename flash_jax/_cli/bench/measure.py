@@ -73,12 +73,17 @@ def compare(case: Case, rounds: int, subjects: Mapping[str, Entry]) -> Compariso
         best = best_work(case) / seconds.pop(_MACHINE)
         results = {}
         for name, times in seconds.items():
-            error = float(np.max(np.abs(np.load(team.file(name)) - exact)))
+            error = _error(np.load(team.file(name)), exact)
             results[name] = Result(times, **team.built[name], error=error)
             limit = entries[name].tolerance(case)
             if not error <= limit:  # NaN is wrong, too
                 team.failures[name] = f"its result is off by {error:.1e}; allowed is {limit:.0e}"
     return Comparison(case, results, best, team.failures)
+
+
+def _error(found: np.ndarray, exact: np.ndarray) -> float:
+    same = found.shape == exact.shape
+    return float(np.max(np.abs(found - exact))) if same else float("inf")
 
 
 class _Team:

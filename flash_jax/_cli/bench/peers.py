@@ -98,24 +98,39 @@ def _onnx_subject(
 
 
 def openvino_attention(case: Case, inputs: list[np.ndarray]) -> Subject:
-    """Binds ScaledDotProductAttention, computed in the case's dtype; its arrays are float32."""
+    """Binds ScaledDotProductAttention, on arrays of the case's dtype and computed in it."""
     # The import would report its use over the network, from a fork of this process.
     sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
     openvino: Any = importlib.import_module("openvino")
     operators = openvino.opset13
+    precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
+    kind = getattr(openvino.Type, precision)
     arrays = heads_first(inputs)
     parameters = [
-        operators.parameter(list(x.shape), np.float32, name=name)
+        operators.parameter(list(x.shape), kind, name=name)
         for name, x in zip("qkv", arrays, strict=True)
     ]
     node = operators.scaled_dot_product_attention(*parameters, causal=case.is_causal)
-    precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.Model([node], parameters, "attention")
     request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
-    feeds = dict(enumerate(arrays))
+    narrow = case.dtype == "bfloat16"
+    stored = [_bits_of_bfloat16(x) for x in arrays] if narrow else arrays
+    feeds = {i: openvino.Tensor(x, openvino.Shape(x.shape), kind) for i, x in enumerate(stored)}
 
     def run() -> np.ndarray:
         return request.infer(feeds, share_inputs=True, share_outputs=True)[0]
 
-    return Subject(run, lambda: heads_first([run()]))
+    def results() -> list[np.ndarray]:
+        return heads_first([_float32_of_bits(run()) if narrow else run()])
+
+    return Subject(run, results)
+
+
+def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Stores float32 that bfloat16 has in 16 bits; NumPy has no such dtype."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _float32_of_bits(x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -50,7 +50,7 @@ class Worker:
         self._log = log
         try:
             with log.open("wb") as stderr:
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
                 )
         except OSError as error:
@@ -62,13 +62,13 @@ class Worker:
         Raises:
             WorkerError: the worker answers with an error, or has died.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self._wake()
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except OSError:
             line = b""
         if not line:
@@ -90,25 +90,25 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):  # what could not be sent is not missed
                 pipe.close()
 
     def _wake(self) -> None:
         if _CAN_STOP:
-            os.kill(self._process.pid, signal.SIGCONT)
+            os.kill(self.process.pid, signal.SIGCONT)
 
     def _sleep(self) -> None:
         if _CAN_STOP:
-            os.kill(self._process.pid, signal.SIGSTOP)
+            os.kill(self.process.pid, signal.SIGSTOP)
         else:
             time.sleep(_SPINNING_SECONDS)
 
     def _last_words(self) -> str:
-        code = self._process.wait()
+        code = self.process.wait()
         lines = self._log.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         return f"its process ended with code {code}; it last wrote: {last}"
