@@ -264,6 +264,7 @@ def test_another_python_may_have_torch(monkeypatch, tmp_path):
     [
         (None, "No such file or directory"),
         ("exit 1", "its process ended with code 1; it last wrote: nothing"),
+        ("echo hello", "it answers 'hello'"),
         ('echo \'{"ok": {"torch": null, "Python": "3.9"}}\'; sleep 60', "it has no torch"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import time
@@ -26,6 +25,7 @@ _START = (
 )
 _CAN_STOP = hasattr(signal, "SIGSTOP")
 _SPINNING_SECONDS = 0.5  # OpenMP's threads spin for 0.2 s
+_ENDING_SECONDS = 10
 
 
 class WorkerError(Exception):
@@ -74,7 +74,10 @@ class Worker:
         if not line:
             raise WorkerError(self._last_words())
         self._sleep()
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError as error:  # a program that is no worker
+            raise WorkerError(f"it answers {line.decode(errors='replace').strip()!r}") from error
         if "error" in answer:
             raise WorkerError(" ".join(answer["error"].split()))
         return answer["ok"]
@@ -99,16 +102,19 @@ class Worker:
 
     def _wake(self) -> None:
         if _CAN_STOP:
-            os.kill(self.process.pid, signal.SIGCONT)
+            self.process.send_signal(signal.SIGCONT)
 
     def _sleep(self) -> None:
         if _CAN_STOP:
-            os.kill(self.process.pid, signal.SIGSTOP)
+            self.process.send_signal(signal.SIGSTOP)
         else:
             time.sleep(_SPINNING_SECONDS)
 
     def _last_words(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "its process no longer answers"
         lines = self._log.read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         return f"its process ended with code {code}; it last wrote: {last}"

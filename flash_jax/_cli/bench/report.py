@@ -181,7 +181,7 @@ def _draw_curve(axes: Any, curve: Sequence[Comparison]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set_xticks([x.case.T for x in curve], [f"{x.case.T:,}" for x in curve])
-    axes.set_xlabel("length T = S of 8 heads of size 64")
+    axes.set_xlabel(f"length T = S of 8 heads of size 64, {curve[0].case.dtype}")
     axes.set_ylabel("GFLOP/s")
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
