@@ -64,13 +64,11 @@ class Worker:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended: then no answer comes
             self._wake()
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = b""
+        line = self.process.stdout.readline()
         if not line:
             raise WorkerError(self._last_words())
         self._sleep()
