@@ -1,5 +1,6 @@
 """``python -m flash_jax bench`` measures what it says, shows it and saves it."""
 
+import contextlib
 import functools
 import importlib
 import json
@@ -210,32 +211,60 @@ def test_a_coarse_format_may_be_off_by_more():
     assert fake("off", coarse=0.75).tolerance(SMALL["bf16"]) == 0.75
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux")
+def comes_to(pid, states):
+    """Whether a process comes to one of these states of Linux within a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "gone"
+        if state in states:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+
+
+@linux
 @pytest.mark.usefixtures("fakes")
 def test_a_worker_sleeps_unless_it_is_asked(tmp_path):
-    worker = Worker(fake("right"), tmp_path / "log")
-    try:
+    with contextlib.closing(Worker(fake("right"), tmp_path / "log")) as worker:
         worker.build(fake("right"), SMALL["full"], tmp_path / "rows.npy")
         for _ in range(2):
-            state, deadline = "", time.monotonic() + 60
-            while state != "T" and time.monotonic() < deadline:
-                status = Path(f"/proc/{worker.process.pid}/stat").read_text()
-                state = status.rpartition(")")[2].split()[0]
-            assert state == "T"
+            assert comes_to(worker.process.pid, "T")
             assert min(worker.round()) > 0
-    finally:
-        worker.close()
     assert worker.process.returncode is not None
+
+
+def run_without_jax(code):
+    """What a script prints that has the benchmark's folder as a package ``bench``."""
+    start = f"import sys; sys.path.insert(0, {str(Path(commands.__file__).parent)!r})\n"
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+    return done.stdout
+
+
+@linux
+def test_a_sleeping_worker_ends_with_its_parent(tmp_path):
+    code = f"""
+import os, pathlib
+from bench import processes, subjects
+worker = processes.Worker(subjects.SUBJECTS["PyTorch"], pathlib.Path({str(tmp_path / "log")!r}))
+worker.ask({{"versions": []}})
+print(worker.process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    assert comes_to(int(run_without_jax(code)), ("Z", "X", "gone"))
 
 
 def test_a_worker_of_a_peer_imports_neither_jax_nor_flash_jax():
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(commands.__file__).parent)!r}); "
-        "import bench.worker, bench.peers, bench.exact; "
-        "print(*({x.split('.')[0] for x in sys.modules} & {'jax', 'flash_jax'}))"
+        "import bench.worker, bench.peers, bench.exact\n"
+        "print({x.split('.')[0] for x in sys.modules} & {'bench', 'jax', 'flash_jax'})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    assert run_without_jax(code) == "{'bench'}\n"
 
 
 def test_what_is_not_installed_is_left_out_and_said(monkeypatch):

@@ -16,10 +16,12 @@ Python may be another, with neither JAX nor flash_jax.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -35,12 +37,24 @@ from .exact import checked_rows, random_inputs
 _ROUND_SECONDS = 0.2
 _MOST_RUNS = 20
 
+_PR_SET_PDEATHSIG = 1
+
 
 def main() -> None:
-    """Serves standard input and output, until the input ends."""
+    """Serves standard input and output, until the input or the parent ends."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     serve(sys.stdin, answers)
+
+
+def _end_with_parent() -> None:
+    """Asks Linux for the end of this process when its parent is killed.
+
+    A process that is stopped would never see that its input has ended.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
