@@ -15,8 +15,10 @@ from .._tiles.tile import BlockSizes
 from .._version import __version__
 from . import demo, demo_view, info
 from .bench import report
-from .bench.cases import CASES, LENGTHS, of_length
-from .bench.measure import compare_alone
+from .bench.available import available
+from .bench.cases import CASES, DTYPES, LENGTHS, in_dtypes, of_length
+from .bench.measure import compare
+from .bench.processes import WorkerError
 from .inputs import InputError, check_plot, check_writable
 from .screen import Screen, open_screen
 
@@ -60,11 +62,11 @@ def run_info(args: argparse.Namespace, screen: Screen) -> None:
     screen.table("Tiles (Q x KV) of FlashAttentionConfig.auto", info.tiles(), info.tile_header())
 
 
-def run_bench(args: argparse.Namespace, screen: Screen) -> None:
-    """Measures cases beside the peers that are installed."""
+def run_bench(args: argparse.Namespace, screen: Screen) -> int:
+    """Measures cases beside the peers that are installed; 1 means that a subject failed."""
     if args.list:
         screen.table("Cases", [(x.name, x.shape, x.why) for x in CASES.values()])
-        return
+        return 0
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         raise InputError(f"CASE must be one of {', '.join(CASES)}; it is {unknown[0]!r}")
@@ -72,23 +74,30 @@ def run_bench(args: argparse.Namespace, screen: Screen) -> None:
         check_plot(args.plot)
     if args.json is not None:
         check_writable("--json", args.json)
-    screen.table("Measured on", list(report.environment().items()))
-    chosen = [CASES[name] for name in args.cases or CASES]
-    curve = [of_length(T) for T in LENGTHS] if args.plot is not None else []
+    subjects, versions = available(args.torch_python)
+    measured_on = report.environment(versions)
+    screen.table("Measured on", list(measured_on.items()))
+    chosen = [x for name in args.cases or CASES for x in in_dtypes(CASES[name], args.dtype)]
+    lengths = LENGTHS if args.plot is not None else ()
+    curve = [in_dtypes(of_length(T), args.dtype)[0] for T in lengths]
     comparisons = []
     for i, case in enumerate([*chosen, *curve], 1):
         with screen.step(f"{case.name} ({i} of {len(chosen) + len(curve)})"):
-            comparisons.append(compare_alone(case, args.rounds))
+            comparison = compare(case, args.rounds, subjects)
+        comparisons.append(comparison)
         if i <= len(chosen):
             screen.line()
-            screen.table(report.title(case), report.rows(comparisons[-1]), report.HEADER)
-    comparisons, curve = comparisons[: len(chosen)], comparisons[len(chosen) :]
+            screen.table(report.title(case), report.rows(comparison), report.HEADER)
+        for line in report.failures([comparison]):
+            screen.line(line)
+    measured, curve = comparisons[: len(chosen)], comparisons[len(chosen) :]
     if args.json is not None:
-        Path(args.json).write_text(report.as_json(comparisons), encoding="utf-8")
+        Path(args.json).write_text(report.as_json(measured, measured_on), encoding="utf-8")
         screen.line(f"every round: {args.json}")
     if args.plot is not None:
-        report.save_plot(comparisons, curve, args.plot)
+        report.save_plot(measured, curve, args.plot)
         screen.line(f"figure: {args.plot}")
+    return int(any(x.failures for x in comparisons))
 
 
 def integer(least: int, most: int | None = None) -> typing.Callable[[str], int]:
@@ -119,7 +128,7 @@ def block_sizes(text: str) -> BlockSizes:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser. Every subcommand sets ``run``, which takes its arguments and a screen."""
+    """Builds the parser. Every subcommand sets ``run``: arguments and a screen to an exit code."""
     parser = argparse.ArgumentParser(prog=_PROG, description="FlashAttention for CPUs in JAX.")
     parser.add_argument("--version", action="version", version=f"flash_jax {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
@@ -185,16 +194,29 @@ def _add_bench(commands: Any) -> None:
     command = commands.add_parser(
         "bench",
         help="measure speed beside jax.nn, PyTorch, ONNX Runtime and OpenVINO",
-        description="Measures each case, in a process of its own and in alternating rounds, "
-        "beside jax.nn and, where they are installed (pip install -e '.[bench]'), PyTorch, "
-        "ONNX Runtime and OpenVINO. "
-        "Columns: median time and quartiles; the median ratio to flash_jax within a round; "
+        description="Measures each case beside jax.nn and, where they are installed "
+        "(pip install -e '.[bench]'), PyTorch, ONNX Runtime and OpenVINO. Each runs in a process "
+        "of its own, in alternating rounds, while all others sleep. "
+        "Columns: cores that a process may use; median time of a round and quartiles; "
+        "the median ratio to flash_jax within a round; "
         "GFLOP/s of kept pairs, or GB/s of keys and values where reading them is the bound; that "
         "rate's share of XLA's matrix product or of reading as many bytes; temporary memory; "
-        "compile time; largest error against float64.",
+        "compile time; largest error against float64. "
+        "The exit code is 1 if a subject fails or gives a wrong result.",
     )
     command.add_argument("cases", metavar="CASE", nargs="*", help="see --list (default: all)")
     command.add_argument("--list", action="store_true", help="show the cases")
+    command.add_argument(
+        "--dtype",
+        choices=[*DTYPES, "both"],
+        default="float32",
+        help="of query, key and value; a bfloat16 case is called CASE-bf16 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--torch-python",
+        metavar="PATH",
+        help="run PyTorch with this Python, which needs torch and numpy only",
+    )
     command.add_argument(
         "--rounds", metavar="N", type=integer(1), default=7, help="default: %(default)s"
     )
@@ -217,15 +239,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reconfigure:
         reconfigure(errors="replace")
     try:
-        args.run(args, open_screen())
+        code = args.run(args, open_screen())
         sys.stdout.flush()
-    except InputError as error:
+    except (InputError, WorkerError) as error:
         print(f"{_PROG} {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # The reader has left. Python flushes at exit, which would raise the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code or 0

@@ -13,9 +13,10 @@ import numpy as np
 from jax import numpy as jnp
 
 import flash_jax
-from flash_jax._cli.bench.cases import CASES, WINDOW, Case
+from flash_jax._cli.bench.cases import CASES, Case
+from flash_jax._cli.bench.exact import random_inputs
+from flash_jax._cli.bench.jax_subjects import ours
 from flash_jax._cli.bench.report import environment
-from flash_jax._cli.bench.subjects import OURS, SUBJECTS, random_inputs
 from flash_jax._machine.timing import alternate
 
 # name: (one case, another, what the ratio of their times should be at the most or least)
@@ -31,7 +32,7 @@ RATIOS = {
         ">= 4",
     ),
     "window 256, 16384 / 8192": (
-        Case("", "", 1, 16384, 8, 8, 64, True, WINDOW),
+        Case("", "", 1, 16384, 8, 8, 64, True, window=256),
         CASES["window-8k"],
         "about 2",
     ),
@@ -57,9 +58,7 @@ def bench_ratios(rounds: int) -> None:
     for name, (numerator, denominator, aim) in RATIOS.items():
         runs = {}
         for key, case in (("above", numerator), ("below", denominator)):
-            subject = SUBJECTS[OURS](case, random_inputs(case))
-            assert subject is not None
-            runs[key] = subject.run
+            runs[key] = ours(case, random_inputs(case)).run
         seconds = alternate(runs, rounds)
         ratio = np.median(seconds["above"] / seconds["below"])
         times = " / ".join(f"{np.median(x) * 1e3:.1f}" for x in seconds.values())
@@ -68,8 +67,7 @@ def bench_ratios(rounds: int) -> None:
 
 def bench_long() -> None:
     case = Case("", "", 1, 131072, 1, 1, 64, True)
-    subject = SUBJECTS[OURS](case, random_inputs(case))
-    assert subject is not None
+    subject = ours(case, random_inputs(case))
     assert subject.temporary_bytes is not None
     subject.run()
     start = time.perf_counter()
@@ -95,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    print("; ".join(f"{name} {value}" for name, value in environment().items()))
+    print("; ".join(f"{name} {value}" for name, value in environment({}).items()))
     bench_ratios(rounds)
     bench_long()
     bench_compile()

@@ -6,9 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Case(NamedTuple):
-    """One call: B sequences of T queries and S keys, N query and K key/value heads of size H."""
+    """One call: B sequences of T queries and S keys, N query and K key/value heads of size H.
+
+    Every field is plain, so that a case goes to another process as JSON.
+    """
 
     name: str
     why: str
@@ -18,7 +23,9 @@ class Case(NamedTuple):
     K: int
     H: int
     is_causal: bool = False
-    options: dict[str, Any] = {}  # noqa: RUF012  further arguments of flash_attention
+    window: int | None = None  # how many keys before its own a query reads
+    documents: int = 1  # equally long, packed into each sequence
+    filled: tuple[int, ...] | None = None  # (B,): positions that are no padding
     gradient: bool = False  # whether forward and backward are timed together
     keys: int | None = None  # None means as many as queries
     dtype: str = "float32"
@@ -29,9 +36,19 @@ class Case(NamedTuple):
         return self.T if self.keys is None else self.keys
 
     @property
-    def plain(self) -> bool:
-        """Whether the case has no options, no gradient, and as many key heads as query heads."""
-        return not self.options and not self.gradient and self.N == self.K
+    def options(self) -> dict[str, Any]:
+        """Further arguments of flash_attention."""
+        options: dict[str, Any] = {}
+        if self.window is not None:
+            options["local_window_size"] = (self.window, 0)
+        if self.documents > 1:
+            ids = np.repeat(np.arange(self.documents, dtype=np.int32), self.T // self.documents)
+            ids = np.tile(ids, (self.B, 1))
+            options |= {"query_segment_ids": ids, "key_value_segment_ids": ids}
+        if self.filled is not None:
+            lengths = np.array(self.filled, np.int32)
+            options |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        return options
 
     @property
     def bound_by_memory(self) -> bool:
@@ -40,15 +57,13 @@ class Case(NamedTuple):
 
     def kept_pairs(self) -> float:
         """Counts the pairs of query and key that one head keeps, over the whole batch."""
-        if "query_segment_ids" in self.options:
-            counts = np.unique(self.options["query_segment_ids"], return_counts=True)[1]
-            return float(np.sum(counts * (counts + 1) / 2 if self.is_causal else counts**2))
-        if "key_value_seq_lengths" in self.options:
-            return float(self.T * np.sum(self.options["key_value_seq_lengths"]))
-        if "local_window_size" in self.options:
-            left, _ = self.options["local_window_size"]
-            return self.B * (self.T * (left + 1) - left * (left + 1) / 2)
-        return self.B * (self.T * (self.T + 1) / 2 if self.is_causal else self.T * self.S)
+        if self.filled is not None:
+            return float(self.T * np.sum(self.filled))
+        if self.window is not None:
+            return self.B * (self.T * (self.window + 1) - self.window * (self.window + 1) / 2)
+        length, keys = self.T // self.documents, self.S // self.documents
+        one = length * (length + 1) / 2 if self.is_causal else length * keys
+        return float(self.B * self.documents * one)
 
     @property
     def flops(self) -> float:
@@ -69,20 +84,6 @@ class Case(NamedTuple):
         return f"{batch}{heads} x {length} x {self.H}"
 
 
-def packed(documents: int, length: int) -> dict[str, Any]:
-    """Makes the segment ids of equally long documents in one sequence."""
-    ids = np.repeat(np.arange(documents, dtype=np.int32), length)[None]
-    return {"query_segment_ids": ids, "key_value_segment_ids": ids}
-
-
-def padded(lengths: list[int]) -> dict[str, Any]:
-    """Makes the lengths of a padded batch."""
-    filled = np.array(lengths, np.int32)
-    return {"query_seq_lengths": filled, "key_value_seq_lengths": filled}
-
-
-WINDOW = {"local_window_size": (256, 0)}
-
 CASES = {
     case.name: case
     for case in (
@@ -91,9 +92,9 @@ CASES = {
         Case("full-4k", "encoder of a large model", 1, 4096, 8, 8, 128),
         Case("causal-4k", "prompt of a large decoder", 1, 4096, 8, 8, 128, True),
         Case("gqa-2k", "grouped queries", 1, 2048, 32, 8, 128, True),
-        Case("window-8k", "sliding window of 256", 1, 8192, 8, 8, 64, True, WINDOW),
-        Case("packed-8k", "four documents in a row", 1, 8192, 8, 8, 64, True, packed(4, 2048)),
-        Case("padded-2k", "a batch at 25 % fill", 8, 2048, 8, 8, 64, False, padded([512] * 8)),
+        Case("window-8k", "sliding window of 256", 1, 8192, 8, 8, 64, True, window=256),
+        Case("packed-8k", "four documents in a row", 1, 8192, 8, 8, 64, True, documents=4),
+        Case("padded-2k", "a batch at 25 % fill", 8, 2048, 8, 8, 64, filled=(512,) * 8),
         Case("short-512", "short text", 1, 512, 8, 8, 64),
         Case("odd-1009", "a length that no tile divides", 1, 1009, 8, 8, 64),
         Case("batch-128", "sentences", 32, 128, 12, 12, 64),
@@ -104,7 +105,8 @@ CASES = {
         Case("train-2k", "forward and backward", 1, 2048, 8, 8, 64, gradient=True),
         Case("train-causal-2k", "the same, causal", 1, 2048, 8, 8, 64, True, gradient=True),
         Case("train-4k", "the same, large", 1, 4096, 8, 8, 128, gradient=True),
-        Case("bf16-4k", "encoder of a large model", 1, 4096, 8, 8, 128, dtype="bfloat16"),
+        Case("train-384", "the same, passages", 16, 384, 12, 12, 32, gradient=True),
+        Case("train-128", "the same, sentences", 32, 128, 12, 12, 64, gradient=True),
     )
 }
 
@@ -115,3 +117,14 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 def of_length(T: int) -> Case:
     """Makes a case of the figure's curve."""
     return Case(f"length-{T}", "scaling", 1, T, 8, 8, 64)
+
+
+def twin(case: Case) -> Case:
+    """Makes the same case on bfloat16."""
+    return case._replace(name=f"{case.name}-bf16", dtype="bfloat16")
+
+
+def in_dtypes(case: Case, choice: str) -> list[Case]:
+    """Lists a case in the dtypes of a choice: "float32", "bfloat16" or "both"."""
+    twins = {"float32": case, "bfloat16": twin(case)}
+    return [twins[dtype] for dtype in DTYPES if choice in (dtype, "both")]

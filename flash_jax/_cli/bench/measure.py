@@ -1,32 +1,30 @@
-"""All subjects on one case, in alternating rounds, and what the machine could do at best."""
+"""All subjects on one case, in alternating rounds, each in a process of its own."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from jax import numpy as jnp
 
-from ..._machine.timing import alternate
 from .cases import Case
-from .subjects import OURS, SUBJECTS, random_inputs
+from .exact import checked_rows, exact_rows, random_inputs
+from .processes import Worker, WorkerError
+from .subjects import MACHINE, OURS, Entry, best_work
 
-_CHECKED_ROWS = 64
-_MATMUL = 2048
 _MACHINE = "the machine"
 
 
 class Result(NamedTuple):
     """What was measured of one subject on one case."""
 
-    seconds: np.ndarray  # (rounds,)
+    seconds: np.ndarray  # (rounds,), of each round the median
     compile_seconds: float | None
     temporary_bytes: int | None
-    error: float  # largest absolute difference from the float64 result, over some rows
+    error: float  # largest absolute difference from the float64 results, over some rows
 
 
 class Comparison(NamedTuple):
@@ -35,6 +33,7 @@ class Comparison(NamedTuple):
     case: Case
     results: dict[str, Result]
     best: np.ndarray  # (rounds,): FLOP/s of XLA's matrix product, or bytes/s of a sum
+    failures: dict[str, str] = {}  # noqa: RUF012  by subject, what went wrong
 
     @property
     def work(self) -> float:
@@ -54,66 +53,74 @@ class Comparison(NamedTuple):
         return float(np.median(self.results[name].seconds / self.results[OURS].seconds))
 
 
-def compare(case: Case, rounds: int, names: Sequence[str] = tuple(SUBJECTS)) -> Comparison:
-    """Measures the subjects that can do the case, and the machine's best, in alternating rounds."""
-    inputs = random_inputs(case)
-    found = {name: SUBJECTS[name](case, inputs) for name in names}
-    subjects = {name: subject for name, subject in found.items() if subject is not None}
-    rows = _checked_rows(case)
-    exact = exact_rows(case, rows, *inputs)
-    runs = {name: subject.run for name, subject in subjects.items()}
-    run, work = _best_of_machine(case)
-    seconds = alternate(runs | {_MACHINE: run}, rounds)
-    results = {
-        name: Result(
-            seconds[name],
-            subject.compile_seconds,
-            subject.temporary_bytes,
-            float(np.max(np.abs(subject.output()[:, rows] - exact))),
-        )
-        for name, subject in subjects.items()
-    }
-    return Comparison(case, results, work / seconds[_MACHINE])
+def compare(case: Case, rounds: int, subjects: Mapping[str, Entry]) -> Comparison:
+    """Measures the subjects that can do the case, and the machine's best, in alternating rounds.
+
+    One worker runs at a time, while all others sleep. A peer that fails is left out, and its
+    failure is told; so is that of a wrong result, whose time is kept.
+
+    Raises:
+        WorkerError: flash_jax, or the machine's best, fails.
+    """
+    entries = {name: entry for name, entry in subjects.items() if entry.can(case)}
+    rows = checked_rows(case)
+    exact = exact_rows(case, rows, random_inputs(case))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        team = _Team(case, Path(folder), stack)
+        for name, entry in (entries | {_MACHINE: MACHINE}).items():
+            team.add(name, entry)
+        seconds = team.rounds(rounds)
+        best = best_work(case) / seconds.pop(_MACHINE)
+        results = {}
+        for name, times in seconds.items():
+            error = _error(np.load(team.file(name)), exact)
+            results[name] = Result(times, **team.built[name], error=error)
+            limit = entries[name].tolerance(case)
+            if not error <= limit:  # NaN is wrong, too
+                team.failures[name] = f"its result is off by {error:.1e}; allowed is {limit:.0e}"
+    return Comparison(case, results, best, team.failures)
 
 
-def compare_alone(case: Case, rounds: int) -> Comparison:
-    """Calls ``compare`` in a process of its own, since what a case leaves behind slows the next."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(compare, case, rounds).result()
+def _error(found: np.ndarray, exact: np.ndarray) -> float:
+    same = found.shape == exact.shape
+    return float(np.max(np.abs(found - exact))) if same else float("inf")
 
 
-def _best_of_machine(case: Case) -> tuple[Callable[[], object], float]:
-    """Makes a run that does only what bounds the case, and counts its operations or bytes."""
-    if case.bound_by_memory:
-        x = jnp.ones((case.nbytes // 4,), np.float32)
-        total = jax.jit(jnp.sum)
-        return lambda: total(x).block_until_ready(), case.nbytes
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((_MATMUL, _MATMUL)), np.float32)
-    product = jax.jit(jnp.matmul)
-    return lambda: product(x, x).block_until_ready(), 2.0 * _MATMUL**3
+class _Team:
+    """The workers of one case."""
 
+    def __init__(self, case: Case, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.case, self.folder, self.stack = case, folder, stack
+        self.workers: dict[str, Worker] = {}
+        self.built: dict[str, dict] = {}
+        self.failures: dict[str, str] = {}
 
-def _checked_rows(case: Case) -> np.ndarray:
-    limit = int(np.min(case.options.get("query_seq_lengths", case.T)))
-    return np.unique(np.linspace(0, limit - 1, _CHECKED_ROWS).astype(int))
+    def file(self, name: str) -> Path:
+        """The file of a subject's results."""
+        return self.folder / f"{name}.npy"
 
+    def add(self, name: str, entry: Entry) -> None:
+        """Starts a worker and builds its subject, while the others sleep."""
+        with self._told(name):
+            worker = Worker(entry, self.folder / f"{name}.log")
+            self.stack.callback(worker.close)
+            self.built[name] = worker.build(entry, self.case, self.file(name))
+            self.workers[name] = worker
 
-def exact_rows(case: Case, rows: np.ndarray, q: Any, k: Any, v: Any) -> np.ndarray:
-    """Computes some rows of the result in float64 NumPy, (B, rows, N, H)."""
-    q, k, v = (np.swapaxes(np.asarray(x, np.float64), 1, 2) for x in (q, k, v))
-    k, v = (np.repeat(x, case.N // case.K, axis=1) for x in (k, v))
-    s = q[:, :, rows] @ np.swapaxes(k, -1, -2) / np.sqrt(case.H)
-    t, keys = rows[:, None], np.arange(case.S)
-    keep = (keys <= t) if case.is_causal else np.ones((len(rows), case.S), bool)
-    if "local_window_size" in case.options:
-        keep = keep & (keys >= t - case.options["local_window_size"][0])
-    if "query_segment_ids" in case.options:
-        ids = case.options["query_segment_ids"][0]
-        keep = keep & (ids[rows][:, None] == ids)
-    if "key_value_seq_lengths" in case.options:
-        lengths = case.options["key_value_seq_lengths"]
-        keep = keep & (keys < lengths[:, None, None, None])
-    s = np.where(keep, s, -np.inf)
-    p = np.exp(s - s.max(-1, keepdims=True))
-    return np.swapaxes(p @ v / p.sum(-1, keepdims=True), 1, 2)
+    def rounds(self, count: int) -> dict[str, np.ndarray]:
+        """Times every worker once a round: (count,) seconds of each that never failed."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.workers}
+        for _ in range(count):
+            for name in [name for name in seconds if name not in self.failures]:
+                with self._told(name):
+                    seconds[name].append(float(np.median(self.workers[name].round())))
+        return {name: np.array(x) for name, x in seconds.items() if name not in self.failures}
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            if name in (OURS, _MACHINE):
+                raise WorkerError(f"{name} failed in {self.case.name}: {error}") from error
+            self.failures[name] = str(error)

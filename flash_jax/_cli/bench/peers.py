@@ -1,89 +1,57 @@
 """What a user would pick instead: attention of PyTorch, ONNX Runtime and OpenVINO.
 
-Each function takes a case, and float32 query (B, T, N, H), key and value (B, S, K, H). It binds
-them to a run, which takes nothing more and gives the output heads first, (B, N, T, H). Where
-the peer is not installed or can't do the case, the function returns None.
+Each function takes a case that its peer can do (subjects.SUBJECTS tells), and the inputs of
+``exact.random_inputs``. It brings them into the layout and dtype that the peer likes best, before
+the clock starts. Nothing here needs JAX.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .cases import Case
-
-Run = Callable[[], np.ndarray]
-
-
-def optional(name: str) -> Any:
-    """Imports a module, or gives None where it is not installed."""
-    # The import of OpenVINO would report its use over the network, from a fork of this process.
-    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
+from .subjects import Subject
 
 
-def versions() -> dict[str, str]:
-    """Lists the versions of the peers that are installed."""
-    modules = {name: optional(name) for name in ("torch", "onnxruntime", "openvino")}
-    return {name: module.__version__ for name, module in modules.items() if module is not None}
+def heads_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Turns arrays (B, T, N, H) into contiguous arrays (B, N, T, H), or those into these."""
+    return [np.ascontiguousarray(np.swapaxes(x, 1, 2)) for x in arrays]
 
 
-def heads_first(*arrays: Any) -> list[np.ndarray]:
-    """Turns arrays (B, T, N, H) into contiguous arrays (B, N, T, H)."""
-    return [np.ascontiguousarray(np.swapaxes(np.asarray(x), 1, 2)) for x in arrays]
-
-
-def torch_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
+def torch_attention(case: Case, inputs: list[np.ndarray]) -> Subject:
     """Binds scaled_dot_product_attention, and its backward pass where the case has a gradient."""
-    torch = optional("torch")
-    if torch is None or set(case.options) - {"local_window_size"}:
-        return None
+    torch: Any = importlib.import_module("torch")
     kind = getattr(torch, case.dtype)
-    tensors = [torch.tensor(x).to(kind).requires_grad_(case.gradient) for x in heads_first(q, k, v)]
+    q, k, v, *cotangent = (torch.tensor(x).to(kind) for x in heads_first(inputs))
+    leaves = [x.requires_grad_(case.gradient) for x in (q, k, v)]
     keep, is_causal = None, case.is_causal
-    if "local_window_size" in case.options:
-        left, _ = case.options["local_window_size"]
-        keep, is_causal = torch.ones(case.T, case.S, dtype=torch.bool).tril().triu(-left), False
+    if case.window is not None:
+        keep = torch.ones(case.T, case.S, dtype=torch.bool).tril().triu(-case.window)
+        is_causal = False
 
-    def run() -> np.ndarray:
+    def run() -> tuple[Any, ...]:
         out = torch.nn.functional.scaled_dot_product_attention(
-            *tensors, attn_mask=keep, is_causal=is_causal, enable_gqa=case.N != case.K
+            *leaves, attn_mask=keep, is_causal=is_causal, enable_gqa=case.N != case.K
         )
-        if case.gradient:
-            torch.autograd.grad(out.sum(), tensors)
-        return out.detach().float().numpy()
+        return (out, *torch.autograd.grad(out, leaves, cotangent)) if case.gradient else (out,)
 
-    return run
+    def results() -> list[np.ndarray]:
+        return heads_first([x.detach().float().numpy() for x in run()[: 1 + case.gradient]])
 
-
-def onnxruntime_attention(case: Case, q: Any, k: Any, v: Any) -> Run | None:
-    """Binds MultiHeadAttention, or GroupQueryAttention for grouped heads, in float32."""
-    onnx, runtime = optional("onnx"), optional("onnxruntime")
-    if onnx is None or runtime is None or case.options or case.gradient or case.dtype != "float32":
-        return None
-    if case.N != case.K:
-        return _group_query_attention(onnx, runtime, case, q, k, v) if case.is_causal else None
-    feeds = {
-        name: np.asarray(x).reshape(*x.shape[:2], -1)
-        for name, x in zip("qkv", (q, k, v), strict=True)
-    }
-    attributes = {"num_heads": case.N, "unidirectional": int(case.is_causal)}
-    return _onnx_run(onnx, runtime, case, "MultiHeadAttention", feeds, ["out"], attributes)
+    return Subject(run, results)
 
 
-def _group_query_attention(onnx: Any, runtime: Any, case: Case, q: Any, k: Any, v: Any) -> Run:
-    """Binds GroupQueryAttention to a prompt, with an empty cache before it."""
-    feeds = {
-        name: np.asarray(x).reshape(*x.shape[:2], -1)
-        for name, x in zip("qkv", (q, k, v), strict=True)
-    }
+def onnxruntime_attention(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Binds MultiHeadAttention, or GroupQueryAttention for grouped heads."""
+    feeds = {name: x.reshape(*x.shape[:2], -1) for name, x in zip("qkv", inputs, strict=True)}
+    if case.N == case.K:
+        attributes = {"num_heads": case.N, "unidirectional": int(case.is_causal)}
+        return _onnx_subject(case, "MultiHeadAttention", feeds, ["out"], attributes)
+    # A prompt, with an empty cache before it.
     empty = np.zeros((case.B, case.K, 0, case.H), np.float32)
     feeds |= {"past_k": empty, "past_v": empty}
     feeds |= {
@@ -92,21 +60,21 @@ def _group_query_attention(onnx: Any, runtime: Any, case: Case, q: Any, k: Any, 
     }
     attributes = {"num_heads": case.N, "kv_num_heads": case.K}
     outputs = ["out", "present_k", "present_v"]
-    return _onnx_run(onnx, runtime, case, "GroupQueryAttention", feeds, outputs, attributes)
+    return _onnx_subject(case, "GroupQueryAttention", feeds, outputs, attributes)
 
 
-def _onnx_run(
-    onnx: Any,
-    runtime: Any,
+def _onnx_subject(
     case: Case,
     operator: str,
     feeds: dict[str, np.ndarray],
     outputs: list[str],
     attributes: dict[str, int],
-) -> Run:
+) -> Subject:
     """Opens a session of one of ONNX Runtime's own operators; its first output is (B, T, N * H)."""
+    onnx: Any = importlib.import_module("onnx")
+    runtime: Any = importlib.import_module("onnxruntime")
     kinds = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
-    inputs = [
+    parameters = [
         onnx.helper.make_tensor_value_info(name, kinds[x.dtype.name], x.shape)
         for name, x in feeds.items()
     ]
@@ -117,33 +85,52 @@ def _onnx_run(
         operator, list(feeds), outputs, domain="com.microsoft", **attributes
     )
     sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
-    graph = onnx.helper.make_graph([node], "attention", inputs, results)
+    graph = onnx.helper.make_graph([node], "attention", parameters, results)
     model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=9)
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
 
     def run() -> np.ndarray:
-        out = session.run(outputs[:1], feeds)[0]
-        return np.swapaxes(out.reshape(case.B, case.T, case.N, case.H), 1, 2)
+        return session.run(outputs[:1], feeds)[0]
 
-    return run
+    return Subject(run, lambda: [run().reshape(case.B, case.T, case.N, case.H)])
 
 
-def openvino_attention(case: Case, q: Any, k: Any, v: Any, precision: str) -> Run | None:
-    """Binds ScaledDotProductAttention, computed in "f32" or "bf16"."""
-    openvino = optional("openvino")
-    if openvino is None or not case.plain or (precision == "f32" and case.dtype != "float32"):
-        return None
+def openvino_attention(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Binds ScaledDotProductAttention, on arrays of the case's dtype and computed in it."""
+    # The import would report its use over the network, from a fork of this process.
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]
+    openvino: Any = importlib.import_module("openvino")
     operators = openvino.opset13
-    arrays = heads_first(q, k, v)
+    precision = {"float32": "f32", "bfloat16": "bf16"}[case.dtype]
+    kind = getattr(openvino.Type, precision)
+    arrays = heads_first(inputs)
     parameters = [
-        operators.parameter(list(x.shape), np.float32, name=name)
+        operators.parameter(list(x.shape), kind, name=name)
         for name, x in zip("qkv", arrays, strict=True)
     ]
     node = operators.scaled_dot_product_attention(*parameters, causal=case.is_causal)
     hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     model = openvino.Model([node], parameters, "attention")
     request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
-    feeds = dict(enumerate(arrays))
-    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]
+    narrow = case.dtype == "bfloat16"
+    stored = [_bits_of_bfloat16(x) for x in arrays] if narrow else arrays
+    feeds = {i: openvino.Tensor(x, openvino.Shape(x.shape), kind) for i, x in enumerate(stored)}
+
+    def run() -> np.ndarray:
+        return request.infer(feeds, share_inputs=True, share_outputs=True)[0]
+
+    def results() -> list[np.ndarray]:
+        return heads_first([_float32_of_bits(run()) if narrow else run()])
+
+    return Subject(run, results)
+
+
+def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Stores float32 that bfloat16 has in 16 bits; NumPy has no such dtype."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _float32_of_bits(x: np.ndarray) -> np.ndarray:
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

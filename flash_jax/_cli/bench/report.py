@@ -5,20 +5,21 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..._machine.processor import machine
 from .. import info as _info
-from . import peers
 from .cases import Case
 from .measure import Comparison
 from .subjects import OURS
 
 HEADER = (
     "",
+    "cores",
     "ms [quartiles]",
     f"x {OURS}",
     "rate",
@@ -39,12 +40,15 @@ _COLORS = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Lists the versions, the processor and the settings that the numbers hold for."""
+def environment(peers: Mapping[str, str]) -> dict[str, str]:
+    """Lists the versions, the processor and the settings that the numbers hold for.
+
+    ``peers`` are the versions of ``available``.
+    """
     return dict(
         [
             *_info.versions(),
-            *peers.versions().items(),
+            *peers.items(),
             *_info.hardware(),
             ("XLA_FLAGS", os.environ.get("XLA_FLAGS", "")),
             ("date", datetime.datetime.now().astimezone().date().isoformat()),
@@ -67,6 +71,7 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
         table.append(
             (
                 name,
+                str(machine().cores),
                 f"{median:.2f} [{low:.2f}, {high:.2f}]",
                 f"{comparison.ratio(name):.2f}",
                 f"{comparison.rate(name) / 1e9:.0f} {unit}",
@@ -79,20 +84,31 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
     return table
 
 
-def as_json(comparisons: Sequence[Comparison]) -> str:
+def failures(comparisons: Sequence[Comparison]) -> list[str]:
+    """Writes what failed, one line for each subject and case."""
+    return [
+        f"{name} failed in {x.case.name}: {text}"
+        for x in comparisons
+        for name, text in x.failures.items()
+    ]
+
+
+def as_json(comparisons: Sequence[Comparison], measured_on: Mapping[str, str]) -> str:
     """Writes everything measured, every round included, as JSON."""
     return json.dumps(
         {
-            "environment": environment(),
+            "environment": measured_on,
             "cases": [
                 {
                     "name": x.case.name,
                     "why": x.case.why,
                     "shape": x.case.shape,
                     "dtype": x.case.dtype,
+                    "cores": machine().cores,
                     "bound_by_memory": x.case.bound_by_memory,
                     "best": float(np.median(x.best)),
                     "subjects": {name: _entry(x, name) for name in x.results},
+                    "failures": x.failures,
                 }
                 for x in comparisons
             ],
@@ -165,7 +181,7 @@ def _draw_curve(axes: Any, curve: Sequence[Comparison]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set_xticks([x.case.T for x in curve], [f"{x.case.T:,}" for x in curve])
-    axes.set_xlabel("length T = S of 8 heads of size 64")
+    axes.set_xlabel(f"length T = S of 8 heads of size 64, {curve[0].case.dtype}")
     axes.set_ylabel("GFLOP/s")
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,97 +1,111 @@
-"""What runs a case: this library, ``jax.nn``, and the peers that are installed."""
+"""The list of what is measured: what each subject can do, what it needs, and where it is built.
+
+This module imports no subject: the parent reads the list, and a worker builds one of it.
+"""
 
 from __future__ import annotations
 
-import functools
-import time
+import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax import Array
-from jax import numpy as jnp
 
-from ..._api.attention import flash_attention
-from ..._api.attention_int8 import flash_attention_int8
-from . import peers
 from .cases import Case
 
-OURS, OURS_INT8 = "flash_jax", "flash_jax int8"
+OURS, OURS_INT8, TORCH = "flash_jax", "flash_jax int8", "PyTorch"
+
+_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class Subject(NamedTuple):
-    """One implementation on one case."""
+    """One implementation on one case, ready to run."""
 
-    run: Callable[[], object]  # returns when the work is done
-    output: Callable[[], np.ndarray]  # gives the forward pass's output, (B, T, N, H)
-    compile_seconds: float | None
-    temporary_bytes: int | None
-
-
-def random_inputs(case: Case, seed: int = 0) -> list[Array]:
-    """Draws query, key and value from a standard normal distribution, in the case's dtype."""
-    rng = np.random.default_rng(seed)
-    shapes = ((case.T, case.N), (case.S, case.K), (case.S, case.K))
-    return [
-        jnp.asarray(rng.standard_normal((case.B, *shape, case.H)), case.dtype) for shape in shapes
-    ]
+    run: Callable[[], Any]  # returns when the work is done
+    results: Callable[[], list[np.ndarray]]  # output and, with a gradient, that of query
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
 
 
-def _of_jax(case: Case, function: Callable[..., Array], inputs: list[Array]) -> Subject:
-    """Compiles a function of the inputs, or for a gradient case also the gradient of its sum."""
-    timed = function
-    if case.gradient:
-        timed = jax.value_and_grad(lambda *x: jnp.sum(function(*x)), (0, 1, 2))
-    start = time.perf_counter()
-    compiled = jax.jit(timed).lower(*inputs).compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return Subject(
-        lambda: jax.block_until_ready(compiled(*inputs)),
-        lambda: np.asarray(jax.jit(function)(*inputs), np.float32),
-        seconds,
-        None if memory is None else memory.temp_size_in_bytes,
-    )
+class Entry(NamedTuple):
+    """How a worker comes to a subject.
+
+    ``module`` is relative to this package, if it begins with a dot. Its ``function`` takes a case
+    and its inputs (exact.random_inputs), and gives a Subject.
+    """
+
+    module: str
+    function: str
+    can: Callable[[Case], bool]
+    needs: tuple[str, ...] = ()  # modules that must be installed; with none it is built on JAX
+    coarse: float = 0.0  # an error that its format may have, whatever the inputs' dtype
+    python: str = sys.executable
+
+    def tolerance(self, case: Case) -> float:
+        """The largest error that a result of the case may have."""
+        return max(self.coarse, _TOLERANCES[case.dtype])
 
 
-def _of_peer(run: peers.Run | None) -> Subject | None:
-    return run and Subject(run, lambda: np.swapaxes(run(), 1, 2), None, None)
+def _torch_can(case: Case) -> bool:
+    return case.documents == 1 and case.filled is None
 
 
-def _ours(case: Case, inputs: list[Array]) -> Subject:
-    call = functools.partial(flash_attention, is_causal=case.is_causal, **case.options)
-    return _of_jax(case, call, inputs)
+def _onnxruntime_can(case: Case) -> bool:
+    grouped = case.N != case.K
+    return _no_options(case) and case.dtype == "float32" and (case.is_causal or not grouped)
 
 
-def _ours_int8(case: Case, inputs: list[Array]) -> Subject | None:
-    if case.gradient:
-        return None
-    call = functools.partial(flash_attention_int8, is_causal=case.is_causal, **case.options)
-    return _of_jax(case, call, inputs)
+def _openvino_can(case: Case) -> bool:
+    return _no_options(case) and case.N == case.K
 
 
-def _jax_nn(case: Case, inputs: list[Array]) -> Subject | None:
-    if "query_segment_ids" in case.options:
-        return None
-    options: dict[str, Any] = case.options | {"is_causal": case.is_causal}
-    return _of_jax(case, functools.partial(jax.nn.dot_product_attention, **options), inputs)
+def _no_options(case: Case) -> bool:
+    return not case.options and not case.gradient
 
 
-def _peer(function: Callable[..., peers.Run | None]) -> Callable[..., Subject | None]:
-    def subject(case: Case, inputs: list[Array]) -> Subject | None:
-        return _of_peer(function(case, *(np.asarray(x, np.float32) for x in inputs)))
-
-    return subject
-
-
-_OPENVINO = peers.openvino_attention
-SUBJECTS: dict[str, Callable[[Case, list[Array]], Subject | None]] = {
-    OURS: _ours,
-    OURS_INT8: _ours_int8,
-    "jax.nn": _jax_nn,
-    "PyTorch": _peer(peers.torch_attention),
-    "ONNX Runtime": _peer(peers.onnxruntime_attention),
-    "OpenVINO": _peer(functools.partial(_OPENVINO, precision="f32")),
-    "OpenVINO bf16": _peer(functools.partial(_OPENVINO, precision="bf16")),
+SUBJECTS = {
+    OURS: Entry(".jax_subjects", "ours", lambda _: True),
+    OURS_INT8: Entry(".jax_subjects", "ours_int8", lambda case: not case.gradient, coarse=0.1),
+    "jax.nn": Entry(".jax_subjects", "jax_nn", lambda case: case.documents == 1),
+    TORCH: Entry(".peers", "torch_attention", _torch_can, ("torch",)),
+    "ONNX Runtime": Entry(
+        ".peers", "onnxruntime_attention", _onnxruntime_can, ("onnxruntime", "onnx")
+    ),
+    "OpenVINO": Entry(
+        ".peers",
+        "openvino_attention",
+        lambda case: _openvino_can(case) and case.dtype == "float32",
+        ("openvino",),
+    ),
+    "OpenVINO bf16": Entry(
+        ".peers",
+        "openvino_attention",
+        lambda case: _openvino_can(case) and case.dtype == "bfloat16",
+        ("openvino",),
+    ),
 }
+
+# What bounds a case, alone: the product of two matrices of this size, or reading as many bytes.
+MACHINE = Entry(".jax_subjects", "best_of_machine", lambda _: True)
+MATMUL = 2048
+
+
+def best_work(case: Case) -> float:
+    """Counts what MACHINE does in one run: operations, or bytes."""
+    return case.nbytes if case.bound_by_memory else 2.0 * MATMUL**3
+
+
+def versions(modules: tuple[str, ...]) -> dict[str, str | None]:
+    """Finds the versions of modules, without importing them; None is not installed."""
+    return {module: _version(module) for module in modules}
+
+
+def _version(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:  # the package has another name
+        return "unknown version"

@@ -1,0 +1,66 @@
+"""Subjects built on JAX: this library, ``jax.nn``, and what the machine could do at best."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+
+from ..._api.attention import flash_attention
+from ..._api.attention_int8 import flash_attention_int8
+from .cases import Case
+from .subjects import MATMUL, Subject
+
+
+def ours(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles flash_attention."""
+    return _compiled(case, flash_attention, inputs)
+
+
+def ours_int8(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles flash_attention_int8."""
+    return _compiled(case, flash_attention_int8, inputs)
+
+
+def jax_nn(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles jax.nn.dot_product_attention."""
+    return _compiled(case, jax.nn.dot_product_attention, inputs)
+
+
+def best_of_machine(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles only what bounds the case: XLA's matrix product, or the sum of as many bytes."""
+    del inputs
+    if case.bound_by_memory:
+        x, function = jnp.ones((case.nbytes // 4,), np.float32), jax.jit(jnp.sum)
+    else:
+        draw = np.random.default_rng(0).standard_normal((MATMUL, MATMUL), np.float32)
+        x, function = jnp.asarray(draw, case.dtype), jax.jit(lambda x: jnp.matmul(x, x))
+    return Subject(lambda: function(x).block_until_ready(), lambda: [])
+
+
+def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarray]) -> Subject:
+    """Compiles attention, or with a gradient also its backward pass at a cotangent."""
+    call = functools.partial(attention, is_causal=case.is_causal, **case.options)
+
+    def run(q: Array, k: Array, v: Array, *cotangent: Array) -> tuple[Array, ...]:
+        if not case.gradient:
+            return (call(q, k, v),)
+        output, pull = jax.vjp(call, q, k, v)
+        return output, *pull(*cotangent)
+
+    arrays = [jnp.asarray(x, case.dtype) for x in inputs]
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(*arrays).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Subject(
+        lambda: jax.block_until_ready(compiled(*arrays)),
+        lambda: [np.asarray(x, np.float32) for x in compiled(*arrays)[: 1 + case.gradient]],
+        seconds,
+        None if memory is None else memory.temp_size_in_bytes,
+    )
