@@ -38,13 +38,14 @@ FUNCTIONS = pytest.mark.parametrize("attend", [flash_attention, flash_attention_
 def test_a_program_does_not_depend_on_the_hash_seed():
     """Else JAX's compilation cache misses, and the hosts of a job compile different programs."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(4))
+        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(3))
     first, *others = printed
     assert len(first.splitlines()) == len(NAMES) + 1
-    assert others == [first] * 3
+    assert others == [first] * 2
 
 
-EAGER = "Mask", "parameters", "dropout", "INT8", "kernels on int8"
+# The kernels on int8 and a soft cap are below; their derivatives are those of INT8 and parameters.
+EAGER = "Mask", "parameters", "dropout", "INT8"
 
 
 @pytest.mark.parametrize("name", EAGER)
