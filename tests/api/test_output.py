@@ -5,6 +5,7 @@ from oracle import attention, max_error, numpy_attention, random_qkv
 
 from flash_jax import FlashAttentionConfig, flash_attention_forward, flash_mha
 
+
 def rule(T, S, causal):
     return FlashAttentionConfig.auto(5, T, S, causal=causal)
 

@@ -134,10 +134,7 @@ OPTIONS = MASKING | {
     "everything": everything,
 }
 # Whose gradients are sums over other axes.
-BIASES = {
-    f"bias {shape}": bias(*shape)
-    for shape in [(1, 1, T, S), (1, N, 1, S), (B, 1, T, 1), (T, S), ()]
-}
+BIASES = {f"bias {shape}": bias(*shape) for shape in [(1, N, 1, S), (B, 1, T, 1), (T, S), ()]}
 
 
 def by_name(options):
