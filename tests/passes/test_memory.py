@@ -1,9 +1,13 @@
-"""Temporary memory, as XLA plans it: deterministic, so asserted to the byte's order."""
+"""Temporary memory, as XLA plans it: deterministic, so asserted to the byte's order.
+
+XLA plans it before LLVM gets to the program, which here is not optimized.
+"""
 
 import jax
 import pytest
 from jax import numpy as jnp
 from options import SHAPES, spec, split
+from unoptimized import UNOPTIMIZED
 
 from flash_jax import FlashAttentionConfig, flash_attention, flash_mha
 
@@ -14,7 +18,7 @@ def compiled(T, *, N=2, H=16, causal, dtype=jnp.float32, blocks=None):
     else:
         config = FlashAttentionConfig(*blocks, H, causal)
     x = jax.ShapeDtypeStruct((N, T, H), dtype)
-    return jax.jit(flash_mha, static_argnums=0).lower(config, x, x, x).compile()
+    return jax.jit(flash_mha, static_argnums=0).lower(config, x, x, x).compile(UNOPTIMIZED)
 
 
 def temporary_bytes(T, **options):
@@ -64,7 +68,7 @@ def model_bytes(T, options, transform=lambda f: f, *, S=None, heads=N, kv_heads=
     def run(x, arrays):
         return transform(lambda x: flash_attention(**x, **arrays, **dict(static)))(x)
 
-    return jax.jit(run).lower(x, arrays).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(run).lower(x, arrays).compile(UNOPTIMIZED).memory_analysis().temp_size_in_bytes
 
 
 def gradient(call):
@@ -143,5 +147,5 @@ def test_one_key_and_value_for_the_whole_batch_is_not_repeated():
     B, T, S = 8, 64, 2**18
     call = jax.vmap(flash_attention, in_axes=(0, None, None))
     qkv = spec(B, T, 1, H), spec(S, 1, H), spec(S, 1, H)
-    memory = jax.jit(call).lower(*qkv).compile().memory_analysis()
+    memory = jax.jit(call).lower(*qkv).compile(UNOPTIMIZED).memory_analysis()
     assert memory.temp_size_in_bytes < B * S * H * 4 / 2
