@@ -49,7 +49,7 @@ FLOOR = (
     "test_symbolic.py::test_an_exported_call_takes_every_size[Mask",
     "test_transforms.py::test_an_exported_call_takes_masks",
     "test_fronts.py::test_strict_modes_of_jax[model]",
-    "test_vmap.py::test_vmap_is_the_batched_call_and_the_loop[Mask]",
+    "test_vmap.py::test_vmap_is_the_loop_over_calls[Mask]",
 )
 
 # Every message, rule and definition, and every path once: for the inner loop, in under a minute.

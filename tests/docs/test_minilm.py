@@ -20,7 +20,7 @@ jitted = jax.jit(embed, static_argnames="attention")
 
 PUBLISHED = "The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."
 # Prose of Python's reference. The last is longer than the 512 tokens that the model reads.
-DOCUMENTS = [topics[name] for name in ("while", "exceptions", "objects")]
+DOCUMENTS = [topics[name] for name in ("while", "objects")]
 PARAPHRASES = (
     ("The cat sleeps on the sofa.", "A kitten is napping on the couch."),
     ("Profits fell sharply last year.", "The firm earned much less in the past twelve months."),

@@ -43,9 +43,13 @@ def test_every_option_agrees_with_the_oracle(options, rng):
 
 SHIFTED = {
     "none": {},
-    "soft cap": {"logits_soft_cap": 3.0, "is_causal": True},
-    "sinks": {"sinks": np.linspace(-2, 9, N).astype(np.float32), "local_window_size": (4, 3)},
+    "soft cap and sinks": {
+        "logits_soft_cap": 3.0,
+        "sinks": np.linspace(-2, 9, N).astype(np.float32),
+        "local_window_size": (4, 3),
+    },
     "bias, alibi and scale": {
+        "is_causal": True,
         "bias": np.linspace(0, 1, S).astype(np.float32),
         "alibi_slopes": np.linspace(0, 1, N).astype(np.float32),
         "scale": -0.3,
@@ -85,17 +89,14 @@ def test_mask_objects_agree_with_the_oracle(mask, kept, rng):
 LAYOUTS = {
     "tensor": None,
     "head": (1, None, 1, None),
-    "head of all batch elements": (None, None, 1, None),
-    "rows": (1, 4, 1, None),
     "rows of all heads": (1, 3, None, None),
-    "channel": (1, None, 1, 1),
     "channel of all": (None, None, None, 1),
 }
 
 
 @pytest.mark.parametrize(
     ("layout", "batched"),
-    [*((layout, True) for layout in LAYOUTS.values()), (LAYOUTS["rows"], False)],
+    [*((layout, True) for layout in LAYOUTS.values()), ((1, 4, 1, None), False)],
 )
 def test_keys_and_values_of_any_scales(layout, batched, rng):
     """They stand for what dequantize gives, whatever share a scale."""

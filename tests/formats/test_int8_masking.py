@@ -84,7 +84,7 @@ def test_a_nan_in_one_key_spoils_the_smoothing_of_no_other(rng):
 def test_a_row_that_reads_no_key_is_zero_whatever_the_scales_are(rng):
     query, key, value = random_inputs(rng)
     value[0, 3, 1, 0] = np.nan
-    for layout in ((1, None, 1, 1), (1, 1, 1, None), None):
+    for layout in ((1, None, 1, 1), None):
         quantized_value = jax.jit(lambda x, layout=layout: quantize(x, layout))(value)
         out = flash_attention_int8(
             query,

@@ -49,7 +49,6 @@ LAYERS = {
         mha, use_gate=True, value_dim=3, use_bias=False
     ),
     "mha with a window": functools.partial(mha, sliding_window=3),
-    "gqa": gqa,
     "gqa with a gate and a window": functools.partial(gqa, use_gate=True, sliding_window=2),
 }
 CALLS = {
@@ -63,8 +62,8 @@ CALLS = {
         "key_mask": padding(rng, B, S),
         "attention_mask": padding(rng, T, S),
     },
-    "gqa": lambda rng: {"use_causal_mask": True, "attention_mask": padding(rng, B, 1, S)},
     "gqa with a gate and a window": lambda rng: {
+        "attention_mask": padding(rng, B, 1, S),
         "query_mask": padding(rng, B, T),
         "value_mask": padding(rng, B, S),
     },

@@ -117,7 +117,9 @@ def main(length, *names):
     """Traces every path on every mesh; a path runs on one of them, at one of the lengths."""
     assert jax.device_count() == 4
     rng, meshes, passed = np.random.default_rng(20180508), meshes_of(length), 0
-    turns = LONG if length == "long" else [name for name in PATHS if name not in LONG]
+    # Plain and with lengths is what others are, too.
+    others = [name for name in PATHS if name not in (*LONG, "plain", "lengths")]
+    turns = LONG if length == "long" else others
     for name in names:
         path = PATHS[name]
         x = path.arrays(rng, **SIZES[length])

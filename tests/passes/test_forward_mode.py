@@ -11,7 +11,6 @@ from derivatives import (
     jacfwd,
     jacrev,
     jvp,
-    linearize,
     pairs_of,
     plain_attention,
     random_call,
@@ -54,7 +53,7 @@ def test_derivatives_are_the_limits_of_differences(small_call, rng):
     check_grads(gradient, (differentiable,), order=1, modes=("fwd",))
 
 
-@pytest.mark.parametrize("transform", [jvp, linearize, jacfwd, jacrev, hessian_vector_product])
+@pytest.mark.parametrize("transform", [jvp, jacfwd, jacrev, hessian_vector_product])
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_agrees_with_the_plain_formula(transform, small_call, rng):
     x, arrays, static = split(small_call)

@@ -168,12 +168,11 @@ def test_gradients_of_dot_product_attention_are_exact_and_its_residual_has_none(
 @st.composite
 def random_calls(draw):
     """Of few programs, each of which takes all traced options, and a seed for their values."""
-    sizes = draw(st.sampled_from([(2, 7, 13, 6, 3), (1, 17, 11, 4, 1)]))
-    static = draw(
+    sizes, static = draw(
         st.sampled_from(
             [
-                {"is_causal": True, "block_sizes": (8, 16)},
-                {"local_window_size": (4, None), "block_sizes": TILES},
+                ((2, 7, 13, 6, 3), {"is_causal": True, "block_sizes": (8, 16)}),
+                ((1, 17, 11, 4, 1), {"local_window_size": (4, None), "block_sizes": TILES}),
             ]
         )
     )

@@ -13,11 +13,9 @@ from flash_jax import Mask, PredicateMask, WindowMask, flash_attention_with_lse,
 
 
 @pytest.mark.parametrize("options", BATCHED.values(), ids=BATCHED)
-def test_vmap_is_the_batched_call_and_the_loop(options, model_qkv):
+def test_vmap_is_the_loop_over_calls(options, model_qkv):
     """Of options that the oracle takes: there each of them is exact."""
     out = mapped(model_qkv, options)
-    if isinstance(options.get("mask"), Mask):
-        np.testing.assert_allclose(out, attention(*model_qkv, **options), rtol=0, atol=1e-6)
     for b in range(B):
         one = (x[b] for x in model_qkv)
         assert_is_call(out[b], one, element(options, b))
