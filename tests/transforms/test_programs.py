@@ -12,7 +12,6 @@ from jax.experimental import checkify, jet
 from lowered import NAMES
 from paths import PATHS, derivatives
 from processes import run_script
-from unoptimized import run
 
 from flash_jax import (
     CausalMask,
@@ -112,7 +111,7 @@ def test_a_policy_of_checkpoint_runs_attention_once(attend, rng):
     once = 1 if attend is flash_attention else 2
     assert passes(saved, w) == {"attention": once, "gradient": 1}
     assert passes(forgotten, w) == {"attention": once + 1, "gradient": 1}
-    np.testing.assert_allclose(run(saved, w), run(forgotten, w), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(saved(w), forgotten(w), rtol=0, atol=1e-6)
 
 
 def test_an_offloading_policy_takes_the_name(rng):
