@@ -22,7 +22,6 @@ from flash_jax import (
     dequantize,
     dot_product_attention,
     flash_attention,
-    flash_attention_forward,
     flash_attention_forward_i8,
     flash_attention_int8,
     flash_attention_with_lse,
@@ -44,7 +43,7 @@ def test_a_program_does_not_depend_on_the_hash_seed():
     assert others == [first] * 2
 
 
-# The kernels on int8 and a soft cap are below; their derivatives are those of INT8 and parameters.
+# The kernel on int8 is below; its derivatives are made as those of INT8.
 EAGER = "Mask", "parameters", "dropout", "INT8"
 
 
@@ -68,7 +67,6 @@ def test_disable_jit_changes_no_other_function(rng):
     integers = np.round(20 * x).astype(np.int8)
     parts = flash_attention_with_lse(x, x, x, query_offset=1, is_causal=True)
     calls = {
-        "flash_attention_forward": lambda: flash_attention_forward(config, *[x[:, 0]] * 3),
         "flash_attention_forward_i8": lambda: flash_attention_forward_i8(
             config, *[integers[:, 0]] * 3, 0.05, np.float32(0.05), 1
         ),
