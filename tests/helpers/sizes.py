@@ -5,14 +5,17 @@ from jax.extend import core
 
 
 def largest_array(function, *arguments):
-    """The number of elements of the largest array in a function's program, operands included."""
+    """The number of elements of the largest array of a program, operands and constants included."""
     return largest(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def largest(jaxpr):
-    own = (atom.aval.size for e in jaxpr.eqns for atom in e.outvars if hasattr(atom.aval, "size"))
-    inner = (largest(x) for e in jaxpr.eqns for x in jaxprs_in(list(e.params.values())))
-    return max(*own, *inner, *(x.aval.size for x in jaxpr.invars), 0, 0)
+    given = [*jaxpr.invars, *jaxpr.constvars]
+    made = [x for equation in jaxpr.eqns for x in equation.outvars]
+    own = (x.aval.size for x in (*given, *made) if hasattr(x.aval, "size"))
+    parameters = (list(equation.params.values()) for equation in jaxpr.eqns)
+    inner = (largest(x) for values in parameters for x in jaxprs_in(values))
+    return max((*own, *inner), default=0)
 
 
 def jaxprs_in(x):
