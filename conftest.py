@@ -1,5 +1,6 @@
 """For the tests and the doctests alike."""
 
+import gc
 import os
 
 import jax
@@ -23,6 +24,12 @@ def pytest_configure(config):
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)  # for the processes that tests start
         jax.config.update(name, value)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,7 @@ FLOOR = (
     "test_attention.py::test_every_option_agrees_with_the_oracle[everything]",
     "test_attention.py::test_float64_is_computed_in_float64[everything]",
     "test_masking.py::test_masks_agree_with_the_oracle_and_rows_without_keys_are_zero[segments]",
-    "test_merge.py::test_merged_parts_of_the_keys_are_the_whole[cuts2-bfloat16]",
+    "test_merge.py::test_merging_keeps_rows_that_no_part_reads",
     "test_demo_command.py::test_demo_prints_accuracy_cost_and_text",
     "test_dropout.py::test_broadcast_dropout_under_vmap",
     "test_dropout.py::test_dropout_makes_a_program_at_most_three_times_as_large",
@@ -22,7 +22,6 @@ FLOOR = (
     "test_flax.py::test_the_layer_of_nnx[is_causal and grouped heads]",
     "test_forward_mode.py::test_a_second_reverse_pass_is_refused",
     "test_forward_mode.py::test_forward_mode_agrees_with_the_plain_formula[hessian_vector_product",
-    "test_forward_mode.py::test_forward_mode_agrees_with_the_plain_formula[jvp",
     "test_gradients.py::test_gradients_of_every_option_are_exact[everything]",
     "test_memory.py::test_memory_of_derivatives_is_linear[none",
     "test_haiku.py::test_the_layer[Mask]",
@@ -34,22 +33,22 @@ FLOOR = (
     "test_masks.py::test_attention_with_a_mask_is_attention_with_its_array[11-7-blocks0-(causal |",
     "test_memory.py::test_keys_and_values_are_brought_into_order_by_head_in_one_copy",
     "test_memory.py::test_memory_is_linear[float32-True]",
-    "test_output.py::test_error_is_at_most_twice_that_of_plain_attention[129-257-float32-True]",
+    "test_output.py::test_error_is_at_most_twice_that_of_plain_attention[129-257-float32-True",
     "test_patch.py::test_it_is_ours_within_and_theirs_after",
     "test_peers.py::test_dot_product_attention_agrees_with_jax_nn[all]",
     "test_peers.py::test_flash_attention_agrees_with_torch",
     "test_peers.py::test_square_causal_attention_is_within_the_bound_of_torch",
-    "test_programs.py::test_a_policy_of_checkpoint_runs_attention_once",
+    "test_programs.py::test_a_policy_of_checkpoint_runs_attention_once[flash_attention]",
     "test_programs.py::test_disable_jit_changes_no_result[parameters]",
     "test_programs.py::test_jet_is_refused_by_name",
     "test_quantization.py::test_values_are_within_half_a_scale[float32-bricks]",
     "test_short.py::test_decoding_does_not_copy_the_cache",
     "test_short.py::test_few_queries_agree_with_the_oracle[3-1-37-6-3-bfloat16]",
-    "test_sharding.py::test_every_path_under_shard_map[long",
+    "test_sharding.py::test_every_path_under_shard_map[long]",
     "test_symbolic.py::test_an_exported_call_takes_every_size[Mask",
     "test_transforms.py::test_an_exported_call_takes_masks",
     "test_fronts.py::test_strict_modes_of_jax[model]",
-    "test_vmap.py::test_vmap_is_the_batched_call_and_the_loop[Mask]",
+    "test_vmap.py::test_vmap_is_the_loop_over_calls[Mask]",
 )
 
 # Every message, rule and definition, and every path once: for the inner loop, in under a minute.
@@ -76,6 +75,8 @@ KINDS = {"floor": FLOOR, "quick": QUICK}
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
+    # The longest tests first: else one process waits for them at the end.
+    items.sort(key=lambda item: item.path.name != "test_sharding.py")
     unseen, files = {name: set(starts) for name, starts in KINDS.items()}, set()
     for item in items:
         name = item.path.name + item.nodeid[item.nodeid.find("::") :]

@@ -125,7 +125,9 @@ def test_calls_are_bitwise_repeatable(front, rng):
     q, k, v = integers(rng, N=4, T=257, S=515, H=16)
     call = functools.partial(front, size=0.01, blocks=(64, 128), causal=True)
     first = call(q, k, v)
-    for again in (call(q, k, v), call(q, k, v), call(q, k, v, wrap=jax.jit)):
+    # That a jitted call of the model is the eager one is in test_attention.py.
+    jitted = () if front is model else (call(q, k, v, wrap=jax.jit),)
+    for again in (call(q, k, v), call(q, k, v), *jitted):
         for x, y in zip(first, again, strict=True):
             np.testing.assert_array_equal(x, y)
 
@@ -185,7 +187,7 @@ def strict_modes():
 @pytest.mark.parametrize("case", STRICT.values(), ids=STRICT)
 def test_strict_modes_of_jax(case, rng):
     call, arguments = case(rng)
-    expected = jax.tree.leaves(call(*arguments))
+    expected = jax.tree.leaves(jax.jit(call)(*arguments))
     ranks, dtypes = strict_modes()
     with ranks, dtypes, jax.debug_nans(True):
         results = jax.tree.leaves(jax.jit(call)(*arguments))

@@ -9,9 +9,7 @@ from oracle import attention, error_bound, finite_error
 from flash_jax import flash_attention_with_lse, merge_attention
 
 
-@pytest.mark.parametrize(
-    ("cuts", "dtype"), [((6,), np.float32), ((4, 9), np.float32), ((6,), jnp.bfloat16)]
-)
+@pytest.mark.parametrize(("cuts", "dtype"), [((5, 10), np.float32), ((6,), jnp.bfloat16)])
 def test_merged_parts_of_the_keys_are_the_whole(cuts, dtype, rng):
     q, k, v = random_inputs(rng, dtype=dtype)
     options = everything(rng)

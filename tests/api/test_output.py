@@ -1,42 +1,58 @@
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from oracle import max_error, numpy_attention, random_qkv
+from oracle import attention, max_error, numpy_attention, random_qkv
 
-import flash_jax
 from flash_jax import FlashAttentionConfig, flash_attention_forward, flash_mha
 
+
+def rule(T, S, causal):
+    return FlashAttentionConfig.auto(5, T, S, causal=causal)
+
+
+def long(T, S, causal):
+    return FlashAttentionConfig.for_long_sequence(5, causal=causal)
+
+
+def odd(T, S, causal):
+    return FlashAttentionConfig(11, 7, 5, causal=causal)
+
+
+# Every rule of tiles with every dtype, with and without a mask.
 CALLS = [
-    *((7, 13, jnp.float32, causal) for causal in (False, True)),
-    *(
-        (129, 257, dtype, causal)
-        for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        for causal in (False, True)
-    ),
-    (1, 1, jnp.float32, False),
-    (128, 128, jnp.float32, True),
-    (257, 129, jnp.float32, True),
-    (1, 301, jnp.float32, False),
-    (301, 1, jnp.float32, True),
+    (7, 13, jnp.float32, False, [odd]),
+    (7, 13, jnp.float32, True, [long]),
+    (129, 257, jnp.float32, False, [rule]),
+    (129, 257, jnp.float32, True, [rule, long, odd]),
+    (129, 257, jnp.bfloat16, False, [long, odd]),
+    (129, 257, jnp.bfloat16, True, [rule]),
+    (129, 257, jnp.float16, False, [rule]),
+    (129, 257, jnp.float16, True, [long, odd]),
+    (1, 1, jnp.float32, False, [rule]),
+    (128, 128, jnp.float32, True, [long]),
+    (257, 129, jnp.float32, True, [odd]),
+    (1, 301, jnp.float32, False, [rule]),
+    (301, 1, jnp.float32, True, [long]),
 ]
 
 
 def plain(q, k, v, is_causal):
-    """reference_attention of arrays with heads first."""
-    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    return jnp.swapaxes(flash_jax.reference_attention(q, k, v, is_causal=is_causal), 0, 1)
+    """The plain formula in the dtype of arrays with heads first."""
+    inputs = (np.swapaxes(x, 0, 1)[None] for x in (q, k, v))
+    out, _ = attention(*inputs, dtype=q.dtype, is_causal=is_causal)
+    return np.swapaxes(out[0], 0, 1)
 
 
-@pytest.mark.parametrize(("T", "S", "dtype", "is_causal"), CALLS)
-def test_error_is_at_most_twice_that_of_plain_attention(T, S, dtype, is_causal, rng):
+def names(x):
+    return "+".join(f.__name__ for f in x) if isinstance(x, list) else None
+
+
+@pytest.mark.parametrize(("T", "S", "dtype", "is_causal", "configs"), CALLS, ids=names)
+def test_error_is_at_most_twice_that_of_plain_attention(T, S, dtype, is_causal, configs, rng):
     q, k, v = random_qkv(rng, N=6, K=3, T=T, S=S, H=5, Hv=3, dtype=dtype)
     exact, _ = numpy_attention(q, k, v, is_causal=is_causal)
     bound = 2 * max_error(plain(q, k, v, is_causal), exact) + float(jnp.finfo(dtype).eps)
-    for config in (
-        FlashAttentionConfig.for_long_sequence(5, causal=is_causal),
-        FlashAttentionConfig.auto(5, T, S, causal=is_causal),
-        FlashAttentionConfig(11, 7, 5, causal=is_causal),
-    ):
+    for config in (make(T, S, is_causal) for make in configs):
         out = flash_mha(config, q, k, v)
         assert out.dtype == dtype
         assert max_error(out, exact) <= bound, config
@@ -51,7 +67,7 @@ def test_float64_is_summed_in_float64(is_causal, rng):
     assert max_error(out, numpy_attention(q, k, v, is_causal=is_causal)[0]) < 1e-14
 
 
-@pytest.mark.parametrize("H", [1, 2, 3, 17, 64, 130])
+@pytest.mark.parametrize("H", [1, 2, 17, 64, 130])
 def test_any_head_size(H, rng):
     q, k, v = random_qkv(rng, N=2, T=19, S=23, H=H)
     exact, _ = numpy_attention(q, k, v)
@@ -77,7 +93,7 @@ def test_scale_is_the_configs(rng):
 def test_tile_sizes_change_only_rounding(rng):
     q, k, v = random_qkv(rng, N=2, T=61, S=67, H=7)
     exact, _ = numpy_attention(q, k, v, is_causal=True)
-    for block_q, block_kv in [(1, 1), (1, 67), (61, 1), (64, 64), (5, 31), (1000, 1000)]:
+    for block_q, block_kv in [(1, 1000), (61, 1), (5, 31), (1000, 64)]:
         out = flash_mha(FlashAttentionConfig(block_q, block_kv, 7, causal=True), q, k, v)
         assert max_error(out, exact) < 2e-6, (block_q, block_kv)
 

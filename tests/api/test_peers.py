@@ -46,14 +46,10 @@ def assert_agrees(results, peers, tolerance=3e-6):
 
 SHARED = {
     "nothing": lambda rng: {},
-    "bias": lambda rng: {"bias": normal(rng, B, N, T, S)},
-    "bias of rank 1": lambda rng: {"bias": normal(rng, S)},
-    "bias of rank 3": lambda rng: {"bias": normal(rng, N, T, 1)},
-    "mask": lambda rng: {"mask": mask(rng, B, N, T, S)},
-    "mask of all heads": lambda rng: {"mask": mask(rng, B, 1, T, S)},
+    "bias": lambda rng: {"bias": normal(rng, B, N, T, S), "mask": mask(rng, S)},
+    "bias of rank 1": lambda rng: {"bias": normal(rng, S), "mask": mask(rng, B, N, T, S)},
+    "bias of rank 3": lambda rng: {"bias": normal(rng, N, T, 1), "mask": mask(rng, T, S)},
     "mask of rank 3": lambda rng: {"mask": mask(rng, N, 1, S)},
-    "mask of rank 2": lambda rng: {"mask": mask(rng, T, S)},
-    "mask of rank 1": lambda rng: {"mask": mask(rng, S)},
     "scale": lambda rng: {"scale": 0.3},
     "traced scale": lambda rng: {"scale": jnp.float32(0.3)},
     "causal": lambda rng: {"is_causal": True},

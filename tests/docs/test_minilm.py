@@ -11,8 +11,9 @@ from oracle import max_error, numpy_attention
 
 from flash_jax import flash_attention, flash_attention_int8
 
+pytestmark = pytest.mark.xdist_group("minilm")  # where CI asks for it, fixtures are made once
 INT8_BFLOAT16 = functools.partial(flash_attention_int8, probability_dtype="bfloat16")
-BOTH = pytest.mark.parametrize("attention", [flash_attention, flash_attention_int8])
+BOTH = flash_attention, flash_attention_int8
 WITHIN = pytest.mark.parametrize(
     ("attention", "cosine"), [(flash_attention, 0.99999), (flash_attention_int8, 0.999)]
 )
@@ -20,7 +21,7 @@ jitted = jax.jit(embed, static_argnames="attention")
 
 PUBLISHED = "The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."
 # Prose of Python's reference. The last is longer than the 512 tokens that the model reads.
-DOCUMENTS = [topics[name] for name in ("while", "exceptions", "objects")]
+DOCUMENTS = [topics[name] for name in ("while", "objects")]
 PARAPHRASES = (
     ("The cat sleeps on the sofa.", "A kitten is napping on the couch."),
     ("Profits fell sharply last year.", "The firm earned much less in the past twelve months."),
@@ -94,7 +95,7 @@ def test_bfloat16_probabilities_hold_where_a_few_keys_take_nearly_all_weight(min
     assert cosines(x, plain) >= 0.999
 
 
-@BOTH
+@pytest.mark.parametrize("attention", BOTH)
 def test_what_stands_in_the_padding_does_not_matter(attention, minilm, batch, rng):
     tokens, lengths = batch
     padding = np.arange(tokens.shape[1]) >= lengths[:, None]
@@ -105,25 +106,32 @@ def test_what_stands_in_the_padding_does_not_matter(attention, minilm, batch, rn
     )
 
 
-@WITHIN
-def test_a_padded_batch_is_its_texts_one_by_one(attention, cosine, minilm, batch):
+def test_a_text_by_itself_is_that_of_a_padded_batch(minilm, batch, exact):
     tokens, lengths = batch
-    together = jitted(minilm[1], *batch, attention=attention)
     one = np.s_[1:2]
-    alone = jitted(minilm[1], tokens[one, : lengths[1]], lengths[one], attention=attention)
-    assert cosines(alone, together[one]) >= cosine
+    alone = jitted(
+        minilm[1], tokens[one, : lengths[1]], lengths[one], attention=flash_attention_int8
+    )
+    assert cosines(alone, exact[one]) >= 0.999
 
 
-def test_similarities_are_the_published_ones(minilm):
-    """https://sbert.net/docs/quickstart.html prints them to four digits."""
-    x = jitted(minilm[1], *tokenize(minilm[0], PUBLISHED), attention=flash_attention)
+@pytest.fixture(scope="module", params=BOTH)
+def sentences(request, minilm):
+    """Embeddings of all sentences, in a batch that is compiled once."""
+    texts = [*PUBLISHED, *(sentence for pair in PARAPHRASES for sentence in pair)]
+    x = jitted(minilm[1], *tokenize(minilm[0], texts), attention=request.param)
+    return request.param, np.asarray(x)
+
+
+def test_similarities_are_the_published_ones(sentences):
+    """https://sbert.net/docs/quickstart.html prints them to four digits; 8 bits keep two."""
+    attention, x = sentences[0], sentences[1][: len(PUBLISHED)]
     published = [[1, 0.6660, 0.1046], [0.6660, 1, 0.1411], [0.1046, 0.1411, 1]]
-    np.testing.assert_allclose(x @ x.T, published, rtol=0, atol=0.51e-4)
+    tolerance = 0.51e-4 if attention is flash_attention else 0.02
+    np.testing.assert_allclose(x @ x.T, published, rtol=0, atol=tolerance)
 
 
-@BOTH
-def test_the_nearest_sentence_is_the_paraphrase(attention, minilm):
-    tokens = tokenize(minilm[0], [sentence for pair in PARAPHRASES for sentence in pair])
-    x = jitted(minilm[1], *tokens, attention=attention)
+def test_the_nearest_sentence_is_the_paraphrase(sentences):
+    x = sentences[1][len(PUBLISHED) :]
     nearest = np.argmax(x @ x.T - 2 * np.eye(len(x)), axis=-1)
     np.testing.assert_array_equal(nearest, np.arange(len(x)) ^ 1)

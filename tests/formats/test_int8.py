@@ -8,7 +8,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from integers import IN_FLOAT32, PROBABILITIES, grid_inputs, on_grid, quantized, relative_error
+from integers import IN_FLOAT32, grid_inputs, on_grid, quantized, relative_error
 from jax import export, lax
 from jax import numpy as jnp
 from options import OPTIONS, TILES, N, S, T, by_name, int32, named, random_inputs
@@ -19,7 +19,6 @@ from flash_jax import (
     PrefixMask,
     WindowMask,
     dequantize,
-    flash_attention,
     flash_attention_int8,
     flash_attention_int8_with_lse,
     quantize,
@@ -30,9 +29,8 @@ from flash_jax import (
 
 # Masks of the same kind take the same way through the integers.
 @named(
-    *("none", "mask", "mask of keys", "bias of -inf", "causal bottom-right", "causal per element"),
-    *("causal window", "lengths", "segments", "bias", "negative scale", "soft cap", "sinks"),
-    *("sinks of rows without keys", "alibi at an offset", "everything"),
+    *("none", "mask", "mask of keys", "bias of -inf", "causal per element", "causal window"),
+    *("segments", "negative scale", "parameters", "lengths and sinks", "everything"),
 )
 def test_every_option_agrees_with_the_oracle(options, rng):
     (query, key, value), options = grid_inputs(rng), options(rng)
@@ -45,10 +43,13 @@ def test_every_option_agrees_with_the_oracle(options, rng):
 
 SHIFTED = {
     "none": {},
-    "causal": {"is_causal": True},
-    "soft cap": {"logits_soft_cap": 3.0, "is_causal": True},
-    "sinks": {"sinks": np.linspace(-2, 9, N).astype(np.float32), "local_window_size": (4, 3)},
+    "soft cap and sinks": {
+        "logits_soft_cap": 3.0,
+        "sinks": np.linspace(-2, 9, N).astype(np.float32),
+        "local_window_size": (4, 3),
+    },
     "bias, alibi and scale": {
+        "is_causal": True,
         "bias": np.linspace(0, 1, S).astype(np.float32),
         "alibi_slopes": np.linspace(0, 1, N).astype(np.float32),
         "scale": -0.3,
@@ -88,17 +89,14 @@ def test_mask_objects_agree_with_the_oracle(mask, kept, rng):
 LAYOUTS = {
     "tensor": None,
     "head": (1, None, 1, None),
-    "head of all batch elements": (None, None, 1, None),
-    "rows": (1, 4, 1, None),
     "rows of all heads": (1, 3, None, None),
-    "channel": (1, None, 1, 1),
     "channel of all": (None, None, None, 1),
 }
 
 
 @pytest.mark.parametrize(
     ("layout", "batched"),
-    [*((layout, True) for layout in LAYOUTS.values()), (LAYOUTS["rows"], False)],
+    [*((layout, True) for layout in LAYOUTS.values()), ((1, 4, 1, None), False)],
 )
 def test_keys_and_values_of_any_scales(layout, batched, rng):
     """They stand for what dequantize gives, whatever share a scale."""
@@ -109,32 +107,31 @@ def test_keys_and_values_of_any_scales(layout, batched, rng):
         query, key, value = query[0], key[0], value[0]
         layout = layout if layout is None else layout[1:]
     key, value = quantize(key, layout), quantize(value, layout)
-    floats = query, dequantize(key), dequantize(value)
+    exact = attention(query, dequantize(key), dequantize(value))[0]
     out = flash_attention_int8(query, key, value, **IN_FLOAT32)
-    assert out.shape == flash_attention(*floats).shape
+    assert out.shape == exact.shape
     per_channel = layout is not None and layout[-1] == 1
     # Scales per channel go into the queries, which are then off their grid.
     tolerance = 0.02 if per_channel else 2e-6
-    np.testing.assert_allclose(out, flash_attention(*floats), atol=tolerance)
+    np.testing.assert_allclose(out, exact, atol=tolerance)
 
 
 def test_float_and_quantized_inputs_mix(rng):
+    """Floats alone are below, and integers alone above."""
     query, key, value = grid_inputs(rng)
     k, v = quantized(key, value)
-    expected = flash_attention_int8(query, k, v, **IN_FLOAT32)
-    for inputs in ((key, v), (k, value), (key, value)):
-        np.testing.assert_allclose(
-            flash_attention_int8(query, *inputs, **IN_FLOAT32), expected, atol=1e-6
-        )
+    exact = attention(query, key, value)[0]
+    for inputs in ((key, v), (k, value)):
+        out = flash_attention_int8(query, *inputs, **IN_FLOAT32)
+        np.testing.assert_allclose(out, exact, atol=1e-6)
 
 
 def test_a_call_without_batch_is_one_of_a_batch(rng):
-    query, key, value = random_inputs(rng)
-    options = {"is_causal": True, "block_sizes": TILES}
-    both = flash_attention_int8_with_lse(query[:1], key[:1], value[:1], **options)
-    one = flash_attention_int8_with_lse(query[0], key[0], value[0], **options)
-    for x, y in zip(one, both, strict=True):
-        np.testing.assert_array_equal(x, y[0])
+    inputs = [x[0] for x in grid_inputs(rng)]
+    options = {"is_causal": True, "query_offset": S - T}
+    exact, plain = (attention(*inputs, dtype=d, **options) for d in (None, np.float32))
+    results = flash_attention_int8_with_lse(*inputs, **options, **IN_FLOAT32)
+    assert_within_bound(results, exact, plain, np.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
@@ -143,15 +140,20 @@ def test_16_bit_inputs_give_16_bit_outputs(dtype, rng):
     out, lse = flash_attention_int8_with_lse(*inputs)
     assert out.dtype == dtype
     assert lse.dtype == np.float32
-    floats = flash_attention_int8(*(x.astype(np.float32) for x in inputs))
+    floats, _ = flash_attention_int8_with_lse(*(x.astype(np.float32) for x in inputs))
     np.testing.assert_array_equal(out, floats.astype(dtype))
 
 
 @pytest.mark.parametrize(
-    ("T", "S", "N", "K", "blocks"),
-    [(1, 1, 2, 2, None), (1, 67, 4, 1, None), (67, 1, 6, 3, (7, 300)), (129, 257, 4, 2, (7, 300))],
+    ("T", "S", "N", "K", "blocks", "probability_dtype"),
+    [
+        (1, 1, 2, 2, None, "bfloat16"),
+        (1, 67, 4, 1, None, "uint8"),
+        (1, 67, 4, 1, None, "float32"),
+        (67, 1, 6, 3, (7, 300), "uint8"),
+        *((129, 257, 4, 2, (7, 300), dtype) for dtype in ("uint8", "bfloat16", "float32")),
+    ],
 )
-@PROBABILITIES
 def test_any_lengths_and_tiles(T, S, N, K, blocks, probability_dtype, rng):
     inputs = random_inputs(rng, T=T, S=S, N=N, K=K, H=16, Hv=9)
     out = flash_attention_int8(

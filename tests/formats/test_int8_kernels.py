@@ -8,12 +8,15 @@ import pytest
 from integers import SCALES, integer_qkv
 from jax import numpy as jnp
 from oracle import attention, max_error, numpy_attention
+from unoptimized import run
 
 from flash_jax import FlashAttentionConfig, flash_attention_forward_i8, flash_mha_i8, quantize
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("blocks", [(64, 64), (11, 7), (1, 1), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("blocks", "causal"),
+    [((64, 64), True), ((11, 7), False), ((11, 7), True), ((1, 1), True), ((1000, 1000), False)],
+)
 def test_kernel_with_float_probabilities_is_as_accurate_as_float32(causal, blocks, rng):
     integers = integer_qkv(rng)
     floats = [np.float32(s) * x for s, x in zip(SCALES, integers, strict=True)]
@@ -50,12 +53,13 @@ def test_the_example_of_the_first_crate(rng):
 def test_kernel_scales_may_be_zero_or_traced(rng):
     integers = integer_qkv(rng)
     config = FlashAttentionConfig(8, 8, 5)
-    out = flash_mha_i8(config, *integers, 0.0, 0.1, 0.1)
+    traced = jax.jit(flash_mha_i8, static_argnums=0)
+    out = traced(config, *integers, 0.0, 0.1, 0.1)
     mean = np.repeat(integers[2].mean(axis=1, keepdims=True) * 0.1, 2, axis=0)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-5)
-    eager = flash_mha_i8(config, *integers, *SCALES)
-    traced = jax.jit(flash_mha_i8, static_argnums=0)(config, *integers, *SCALES)
-    np.testing.assert_array_equal(eager, traced)
+    floats = [np.float32(s) * x for s, x in zip(SCALES, integers, strict=True)]
+    exact, _ = numpy_attention(*floats)
+    assert max_error(traced(config, *integers, *SCALES), exact) <= 2 / 255 * np.max(abs(floats[2]))
 
 
 def test_integers_at_their_limits_are_summed_exactly():
@@ -95,5 +99,5 @@ def test_kernel_gradients_reach_the_scales(rng):
         return jnp.sum(jnp.sin(out))
 
     scales = 0.005, 0.007, 0.01
-    gradients, expected = (jax.grad(f, (0, 1, 2))(*scales) for f in (total, plain))
+    gradients, expected = (run(jax.grad(f, (0, 1, 2)), *scales) for f in (total, plain))
     np.testing.assert_allclose(gradients, expected, rtol=0.02, atol=0.5)

@@ -25,10 +25,15 @@ def check(arrays, block_sizes=None, **options):
     assert_within_bound(results, exact, plain, arrays[0].dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
-    ("B", "T", "S", "N", "K"),
-    [(3, 1, 37, 6, 3), (1, 3, 531, 8, 4), (2, 1, 5, 1, 1), (5, 2, 16, 3, 3)],
+    ("B", "T", "S", "N", "K", "dtype"),
+    [
+        *((3, 1, 37, 6, 3, dtype) for dtype in (jnp.float32, jnp.bfloat16)),
+        *((1, 3, 531, 8, 4, dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)),
+        (2, 1, 5, 1, 1, jnp.float16),
+        (5, 2, 16, 3, 3, jnp.bfloat16),
+        (5, 2, 16, 3, 3, jnp.float32),
+    ],
 )
 def test_few_queries_agree_with_the_oracle(B, T, S, N, K, dtype, rng):
     check(inputs(rng, B=B, T=T, S=S, N=N, K=K, H=7, Hv=5, dtype=dtype))
@@ -83,11 +88,17 @@ def odd_pairs(b, h, q, k):
     "options",
     [
         {},
-        {"key_value_seq_lengths": np.array([13, 0, 7, 1, 12, 13], np.int32)},
         {"mask": PredicateMask(odd_pairs)},
-        {"dropout_rate": 0.3, "dropout_rng": jax.random.key(5)},
-        {"bias": np.linspace(-3, 3, 6 * 13, dtype=np.float32).reshape(6, 1, 1, 13)},
-        {"sinks": np.array([0.5, -1, 2, 0], np.float32), "is_causal": True},
+        {
+            "bias": np.linspace(-3, 3, 6 * 13, dtype=np.float32).reshape(6, 1, 1, 13),
+            "dropout_rate": 0.3,
+            "dropout_rng": jax.random.key(5),
+        },
+        {
+            "key_value_seq_lengths": np.array([13, 0, 7, 1, 12, 13], np.int32),
+            "sinks": np.array([0.5, -1, 2, 0], np.float32),
+            "is_causal": True,
+        },
     ],
     ids=lambda options: "-".join(options) or "plain",
 )

@@ -3,7 +3,6 @@
 import jax
 import keras
 import numpy as np
-import pytest
 from jax import export
 from keras_layers import MARKS, Block, D, T, gqa, little_optimization, mha, spy
 
@@ -59,9 +58,8 @@ def test_a_model_with_dropout_trains(rng):
     assert first[-1] < first[0]
 
 
-@pytest.mark.parametrize(("sizes", "lengths"), [("b, 7", (7, 7)), ("b, t", (263, 5))])
-def test_an_exported_model_takes_every_size(sizes, lengths, rng):
-    """Exported once, and run at two batch sizes; with Keras's core the results are the same."""
+def test_an_exported_model_takes_every_size(rng):
+    """Exported once, and run at two sizes; with Keras's core the results are the same."""
     model = language_model(Block(mha(), causal=True), Block(gqa()))
     variables = model.trainable_variables, model.non_trainable_variables
     state = [[x.value for x in group] for group in variables]
@@ -70,11 +68,11 @@ def test_an_exported_model_takes_every_size(sizes, lengths, rng):
         return model.stateless_call(*state, ids)[0]
 
     use_flash_attention(model)
-    spec = jax.ShapeDtypeStruct(export.symbolic_shape(sizes), "int32")
+    spec = jax.ShapeDtypeStruct(export.symbolic_shape("b, t"), "int32")
     with spy() as attend:
         exported = export.deserialize(export.export(jax.jit(call))(spec).serialize())
     assert attend.call_count == 2
-    batches = [tokens(rng, length)[:size] for size, length in zip((4, 2), lengths, strict=True)]
+    batches = [tokens(rng, length)[:size] for size, length in ((4, 263), (2, 5))]
     outputs = [jax.jit(exported.call)(ids) for ids in batches]
     use_keras_attention(model)
     for ids, out in zip(batches, outputs, strict=True):

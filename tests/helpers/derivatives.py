@@ -126,10 +126,6 @@ def jvp(f, x, dx, weights):
     return jax.jvp(f, (x,), (dx,))[1]
 
 
-def linearize(f, x, dx, weights):
-    return jax.linearize(f, x)[1](dx)
-
-
 def jacfwd(f, x, dx, weights):
     small = {name: x[name] for name in SCORING if name != "bias"}
     return jax.jacfwd(lambda small: f(x | small))(small)

@@ -53,12 +53,9 @@ LENGTHS = {
 }
 MASKING = {
     "mask": lambda rng: {"mask": random_mask(rng, B, N, T, S)},
-    "mask of all heads": lambda rng: {"mask": random_mask(rng, B, 1, T, S)},
-    "mask (T, S)": lambda rng: {"mask": random_mask(rng, T, S)},
     "mask of keys": lambda rng: {"mask": rng.random((B, 1, 1, S)) < 0.5},
     "mask of queries": lambda rng: {"mask": rng.random((N, T, 1)) < 0.5},
     "bias of -inf": lambda rng: {"bias": masking_bias(rng, B, N, T, S)},
-    "bias of -inf for all heads": lambda rng: {"bias": masking_bias(rng, T, S)},
     "causal": lambda rng: {"is_causal": True},
     "causal bottom-right": lambda rng: {"is_causal": True, "query_offset": S - T},
     "causal per element": lambda rng: {"is_causal": True, "query_offset": int32(7, -4)},
@@ -114,30 +111,18 @@ def bias(*shape, dtype=np.float32):
 OPTIONS = MASKING | {
     "none": lambda rng: {},
     "bias": bias(B, N, T, S),
-    "bias of heads": bias(N, 1, 1),
     "bias of keys": bias(S, dtype=jnp.bfloat16),
     "scale": lambda rng: {"scale": 0.3},
     "negative scale": lambda rng: {"scale": -1.7},
     "soft cap": lambda rng: {"logits_soft_cap": 1.3},
     "sinks": lambda rng: {"sinks": rng.standard_normal(N).astype(np.float32)},
-    "sinks of rows without keys": lambda rng: {
-        "sinks": 3 * rng.standard_normal(N).astype(np.float32),
-        "key_value_seq_lengths": int32(0, 5),
-    },
     "alibi": lambda rng: {"alibi_slopes": rng.random(N).astype(np.float32)},
-    "alibi at an offset": lambda rng: {
-        "alibi_slopes": rng.random(N).astype(np.float32),
-        "query_offset": int32(5, -2),
-    },
     "parameters": lambda rng: parameters(rng) | {"query_offset": int32(5, -2)},
     "lengths and sinks": lambda rng: LENGTHS | {"sinks": rng.standard_normal(N).astype(np.float32)},
     "everything": everything,
 }
 # Whose gradients are sums over other axes.
-BIASES = {
-    f"bias {shape}": bias(*shape)
-    for shape in [(1, 1, T, S), (1, N, 1, S), (B, 1, T, 1), (T, S), ()]
-}
+BIASES = {f"bias {shape}": bias(*shape) for shape in [(1, N, 1, S), (B, 1, T, 1), (T, S), ()]}
 
 
 def by_name(options):

@@ -18,10 +18,6 @@ from flash_jax import (
 )
 
 
-def causal_pairs(offset=0):
-    return np.arange(S) <= np.arange(T)[:, None] + offset
-
-
 def mask_objects(rng):
     """Masks, and the pairs that they keep."""
     ids = segments(rng)
@@ -34,7 +30,6 @@ def mask_objects(rng):
     lengths = LengthMask(int32(3, T), int32(S, 8))
     within = (t < lengths.q[:, None, None, None]) & (s < lengths.kv[:, None, None, None])
     return {
-        "causal": (CausalMask(6), causal_pairs(6)),
         "causal per element": (CausalMask(offset), s <= moved),
         "window": (WindowMask(2, 1, offset), (s >= moved - 2) & (s <= moved + 1)),
         "segments": (SegmentMask(q_ids, kv_ids), same),
@@ -42,9 +37,8 @@ def mask_objects(rng):
         "lengths": (lengths, within),
         "prefix or causal": (
             PrefixMask(n) | CausalMask(),
-            (s < n[:, None, None, None]) | causal_pairs(),
+            (s < n[:, None, None, None]) | (s <= t),
         ),
-        "segments and causal": (SegmentMask(q_ids, kv_ids) & CausalMask(), same & causal_pairs()),
         "all of them": (
             (lengths & WindowMask(None, 3)) | (PrefixMask(n) & SegmentMask(q_ids, kv_ids)),
             (within & (s <= t + 3)) | ((s < n[:, None, None, None]) & same),
@@ -89,7 +83,7 @@ def test_masks_agree_with_the_oracle_and_rows_without_keys_are_zero(name, rng):
     np.testing.assert_array_equal(np.isneginf(lse), empty)
 
 
-@pytest.mark.parametrize("name", ["mask", "bias of -inf", "causal per element", "lengths"])
+@pytest.mark.parametrize("name", ["mask", "bias of -inf"])
 def test_rows_without_keys_are_zero_and_have_their_sink_as_lse(name, rng):
     inputs, sinks = random_inputs(rng), np.arange(N, dtype=np.float32) - 2.3
     options, kept = masking_options(name, rng)
@@ -140,10 +134,8 @@ def test_a_bad_key_or_value_shows_in_exactly_the_rows_that_read_it(name, rng):
         "mask",
         "bias of -inf",
         "causal per element",
-        "window",
         "lengths",
         "segments",
-        "Mask: prefix or causal",
         "Mask: predicate",
     ],
 )

@@ -231,7 +231,15 @@ def test_the_schedule_prints_as_a_table():
     ]
 
 
-@every_case
+# With the others test_masking.py calls attention, or with what is the same there.
+ATTENDED = (
+    *("causal", "window, left", "window, right", "window, open", "lengths, q", "lengths, kv"),
+    *("lengths, none", "prefix", "array (S,)", "array (T, 1)", "window & segments"),
+    "(causal | array) & lengths & predicate",
+)
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in ATTENDED], ids=ATTENDED)
 @pytest.mark.parametrize(("T", "S", "blocks"), [(11, 7, (4, 3))])
 def test_attention_with_a_mask_is_attention_with_its_array(case, T, S, blocks, rng):
     """The mask is an argument of a jitted function, so that its arrays are traced."""

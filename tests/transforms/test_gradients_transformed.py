@@ -9,6 +9,7 @@ from derivatives import floats, gradients, pairs_of, plain_attention, random_cal
 from jax import export, lax
 from jax import numpy as jnp
 from options import TILES, B, H, Hv, N, S, T, int32, parameters, random_mask, split
+from unoptimized import UNOPTIMIZED
 
 from flash_jax import flash_attention, flash_attention_with_lse
 
@@ -51,38 +52,48 @@ def vmapped(rng):
     return call, weights
 
 
-SHARED = [
-    ("key", "value"),
-    ("query", "bias", "mask"),
-    ("key", "key_value_seq_lengths", "sinks"),
-]
+unoptimized = functools.partial(jax.jit, compiler_options=UNOPTIMIZED)
+one = unoptimized(gradient_of_call)
 
 
-@pytest.mark.parametrize("shared", SHARED, ids=" ".join)
-def test_gradients_and_vmap_commute(shared, vmapped):
-    calls, weights = vmapped
-    x = {name: y[1] if name in shared else y for name, y in calls.items()}
-    axes = {name: None if name in shared else 0 for name in x}
-    one = jax.jit(gradient_of_call)
+def looped(x, weights, shared):
+    """Gradients of each call by itself, stacked."""
     loop = [
         one({name: y if name in shared else y[i] for name, y in x.items()}, [w[i] for w in weights])
         for i in range(4)
     ]
-    of_each = jax.jit(jax.vmap(gradient_of_call, in_axes=(axes, 0)))(x, weights)
+    return jax.tree.map(lambda *y: np.stack(y), *loop)
+
+
+@pytest.mark.parametrize("shared", [("key", "value"), ("query", "bias", "mask")], ids=" ".join)
+def test_gradients_of_a_vmap_are_sums_over_its_calls(shared, vmapped):
+    calls, weights = vmapped
+    x = {name: y[1] if name in shared else y for name, y in calls.items()}
+    losses = jax.vmap(
+        loss_of_call, in_axes=({name: None if name in shared else 0 for name in x}, 0)
+    )
     differentiable, arrays, _ = split(x)
 
-    @jax.jit
+    @unoptimized
     def of_all(differentiable):
-        losses = jax.vmap(loss_of_call, in_axes=(axes, 0))
         return jax.grad(lambda y: jnp.sum(losses(y | arrays, weights)))(differentiable)
 
+    expected = looped(x, weights, shared)
     for name, total in of_all(differentiable).items():
-        expected = np.stack([y[name] for y in loop])
+        right = expected[name].sum(axis=0) if name in shared else expected[name]
+        size = max(1, np.max(abs(expected[name])))
+        np.testing.assert_allclose(total, right, rtol=0, atol=1e-5 * size)
+
+
+def test_a_vmap_of_gradients_is_a_loop(vmapped):
+    calls, weights = vmapped
+    shared = "key", "key_value_seq_lengths", "sinks"
+    x = {name: y[1] if name in shared else y for name, y in calls.items()}
+    axes = {name: None if name in shared else 0 for name in x}
+    found = unoptimized(jax.vmap(gradient_of_call, in_axes=(axes, 0)))(x, weights)
+    for name, expected in looped(x, weights, shared).items():
         size = max(1, np.max(abs(expected)))
-        np.testing.assert_allclose(of_each[name], expected, rtol=0, atol=2e-6 * size)
-        if name in shared:
-            expected = expected.sum(axis=0)
-        np.testing.assert_allclose(total, expected, rtol=0, atol=1e-5 * size)
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=2e-6 * size)
 
 
 def test_nested_vmaps_of_gradients_are_loops(vmapped):
@@ -93,7 +104,7 @@ def test_nested_vmaps_of_gradients_are_loops(vmapped):
     inner = {name: None if name in ("query", "sinks", "value", "scale") else 0 for name in x}
     weights = [w[0] for w in weights]
     nested = jax.vmap(jax.vmap(gradient_of_call, in_axes=(inner, None)), in_axes=(outer, None))
-    results, one = jax.jit(nested)(x, weights), jax.jit(gradient_of_call)
+    results = unoptimized(nested)(x, weights)
     for i, j in np.ndindex(4, 2):
         at = {
             name: y[i] if outer[name] == 0 else y if inner[name] is None else y[j]

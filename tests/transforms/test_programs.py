@@ -22,7 +22,6 @@ from flash_jax import (
     dequantize,
     dot_product_attention,
     flash_attention,
-    flash_attention_forward,
     flash_attention_forward_i8,
     flash_attention_int8,
     flash_attention_with_lse,
@@ -38,13 +37,14 @@ FUNCTIONS = pytest.mark.parametrize("attend", [flash_attention, flash_attention_
 def test_a_program_does_not_depend_on_the_hash_seed():
     """Else JAX's compilation cache misses, and the hosts of a job compile different programs."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(4))
+        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(3))
     first, *others = printed
     assert len(first.splitlines()) == len(NAMES) + 1
-    assert others == [first] * 3
+    assert others == [first] * 2
 
 
-EAGER = "Mask", "parameters", "dropout", "INT8", "kernels on int8"
+# The kernel on int8 is below; its derivatives are made as those of INT8.
+EAGER = "Mask", "parameters", "dropout", "INT8"
 
 
 @pytest.mark.parametrize("name", EAGER)
@@ -67,7 +67,6 @@ def test_disable_jit_changes_no_other_function(rng):
     integers = np.round(20 * x).astype(np.int8)
     parts = flash_attention_with_lse(x, x, x, query_offset=1, is_causal=True)
     calls = {
-        "flash_attention_forward": lambda: flash_attention_forward(config, *[x[:, 0]] * 3),
         "flash_attention_forward_i8": lambda: flash_attention_forward_i8(
             config, *[integers[:, 0]] * 3, 0.05, np.float32(0.05), 1
         ),

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import oracle
 import pytest
 from batched import BATCHED, RNG, B, H, N, T, attention, traced
 from jax import export, lax
@@ -77,7 +78,7 @@ def test_a_jitted_decoder_step_is_traced_once(model_qkv):
     q, k, v = model_qkv
     steps = [step(q[:, t : t + 1], k, v, t)[:, 0] for t in range(T)]
     assert len(traces) == 1
-    whole = attention(q, k, v, is_causal=True)
+    whole, _ = oracle.attention(q, k, v, is_causal=True)
     np.testing.assert_allclose(np.stack(steps, 1), whole, rtol=0, atol=1e-6)
 
 
@@ -117,5 +118,6 @@ def test_the_output_can_take_the_memory_of_a_donated_query(model_qkv):
     q, k, _ = model_qkv
     donating = jax.jit(attention, donate_argnums=0)
     query = jnp.asarray(q)
-    np.testing.assert_array_equal(donating(query, k, k), attention(q, k, k))
+    out = donating(query, k, k)
+    np.testing.assert_allclose(out, oracle.attention(q, k, k)[0], rtol=0, atol=1e-6)
     assert query.is_deleted()
