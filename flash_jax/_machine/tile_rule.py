@@ -113,7 +113,7 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     """
     T, S = max(problem.T, 1), max(problem.S, 1)
     if problem.masked:
-        reach = problem.S if problem.reach is None else max(128, _power_of_two(problem.reach))
+        reach = S if problem.reach is None else max(128, _power_of_two(problem.reach))
         return BlockSizes(_even(T, _KERNEL_ROWS), _even(S, min(_KERNEL_ROWS, reach)))
     most = _KERNEL_SCRATCH // (4 * _KERNEL_ROWS * machine.cores)
     whole = min(most, _KERNEL_KEYS) >= S
