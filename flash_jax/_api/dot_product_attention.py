@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .attention import flash_attention_with_lse
+from .attention import attention_arguments, attention_of_floats
 from .empty_rows import check_empty_rows, mean_in_empty_rows
 
 
@@ -73,7 +73,7 @@ def dot_product_attention(
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
     query, key, value = (x[None] if x.ndim == 3 else x for x in (query, key, value))
-    out, lse = flash_attention_with_lse(
+    *arrays, options = attention_arguments(
         query,
         key,
         value,
@@ -85,10 +85,12 @@ def dot_product_attention(
         key_value_seq_lengths=key_value_seq_lengths,
         local_window_size=local_window_size,
     )
-    if empty_rows == "mean":
+    asks_lse = return_residual or empty_rows == "mean"
+    out, lse = attention_of_floats(*arrays, options._replace(lse=asks_lse))
+    if lse is not None and empty_rows == "mean":
         out = mean_in_empty_rows(out, lse, value, query_seq_lengths)
     out = out.reshape(*shape[:-1], out.shape[-1])
-    if not return_residual:
+    if lse is None or not return_residual:
         return out
     residual = lax.stop_gradient(jnp.swapaxes(lse, 1, 2)).astype(key.dtype)
     return out, residual.reshape(shape[:-1])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jax import Array
 from jax import numpy as jnp
 
-from .._api.attention import flash_attention_with_lse
+from .._api.attention import flash_attention, flash_attention_with_lse
 from .._api.empty_rows import check_empty_rows, mean_in_empty_rows
 from .._masks.base import Mask
 
@@ -52,8 +52,10 @@ def attend(
         query, key, value = (
             x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)
         )
-    out, lse = flash_attention_with_lse(query, key, value, bias, mask, **options)
-    if empty_rows == "mean":
+    if empty_rows == "zero":
+        out = flash_attention(query, key, value, bias, mask, **options)
+    else:
+        out, lse = flash_attention_with_lse(query, key, value, bias, mask, **options)
         out = mean_in_empty_rows(out, lse, value, options.get("query_seq_lengths"))
     return out.reshape(*batch, *out.shape[-3:])
 
