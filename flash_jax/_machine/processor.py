@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-from .._tiles.jax_versions import ONE_KERNEL
+from .._tiles.jax_versions import ONE_KERNEL, cpu_devices
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LINUX_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -20,7 +20,7 @@ _SUFFIXES = {"K": 2**10, "M": 2**20, "G": 2**30}
 class Machine(NamedTuple):
     """Bytes are per core for L1 and L2, shared for L3; 0 where the machine has none."""
 
-    cores: int
+    cores: int  # of one of JAX's CPU devices
     l1: int
     l2: int
     l3: int
@@ -40,6 +40,7 @@ def machine() -> Machine:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
+    cores = max(1, cores // cpu_devices())
     caches = _darwin_caches() if platform.system() == "Darwin" else _linux_caches(_LINUX_CACHES)
     measured = bool(caches.get(1) and caches.get(2))
     sizes = (caches[1], caches[2], caches.get(3, 0)) if measured else DEFAULT_CACHES

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 
 from .._tiles.tile import QueryTile
@@ -51,8 +51,8 @@ def kernel_step(
         k, v = (apart(kv_tile(plan, tile, x, j, dtype)) for x in (operands.k, operands.v))
         s = _times(dot(q, k, -1, acc), after)
         x = s - grown_from(m, j)[..., None]
-        # At most 0: recomputed, s may exceed its maximum by a rounding, large where s is.
-        x = (x - jnp.abs(x)) * np.asarray(0.5, acc)
+        # Recomputed, s may exceed its maximum by a rounding, large where s is: no more than 0.
+        x -= lax.stop_gradient((x + jnp.abs(x)) * np.asarray(0.5, acc))
         p = jnp.exp(x - grown_from(log_l, j)[..., None]).astype(dtype)
         dp = dot(d_o, v, -1, acc)
         ds = (p.astype(acc) * (dp - grown_from(rows.delta, j)[..., None])).astype(dtype)

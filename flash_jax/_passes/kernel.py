@@ -9,10 +9,11 @@ which no score leaves the caches. It does so where every value in between ends i
 where all operations are such that its library has: no select and no comparison, so that a mask is a
 tile of zeros and -inf, which is added.
 
-A shift serves a row where exp(-20) < l < exp(20): s - c then rounds no more than products that far
-apart have been rounded already. That is checked for every row, and also that its sums are finite,
-so that no NaN or infinity behind a mask has reached them. Where a row fails, the exact loop does
-all the work again (``forward``).
+The shift is the largest of the row's first logits, so that s - c rounds no more than s has been
+rounded already; or 0, where the row reads none of these keys. It serves a row where l is neither
+tiny nor huge. That is checked for every row, and also that its sums are finite, so that no NaN or
+infinity behind a mask has reached them. Where a row fails, the exact loop does all the work again
+(``forward``).
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ from . import online_softmax as online
 from .operands import Dimensions, Operands, with_sinks
 from .plan import Plan
 from .products import Products
-from .scores import Local
 from .walk import first_visited, over_key_tiles
 
 _ONES = 16  # columns of them: as many as a vector holds cost no more than one
-_NEAR = 20.0  # of the shift are the logs of the sums that are right
-_GUESSED = 64  # keys that the shift is guessed from
+_LEAST, _MOST = np.exp(-20.0), np.exp(60.0)  # l: its products with values stay in float32's range
+_FIRST = 64  # keys that the shift is taken from
 
 
 def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online.State, Array]:
@@ -43,17 +43,16 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
     And whether each row is right, (heads, rows).
     """
     scores, acc = operands.scores, Dimensions.of(operands, plan).acc
-    products, shift = plan.format.products(operands, plan, tile, True), _guess(operands, plan, tile)
-    width = operands.v.shape[-1]
+    shift, width = _shift(operands, plan, tile), operands.v.shape[-1]
+    products = plan.format.products(operands, plan, tile, True)
 
     def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
         def at(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             sums, reads = carry
-            s = scores.logits(tile, j, scores.local(tile, j), products.scores(j), True)
+            s = _logits(operands, tile, products, j, masked)
             if masked:
-                kept = scores.kept(tile, j)
-                s = tile.plus(s, jnp.where(kept, 0, -jnp.inf).astype(acc))
-                reads |= tile.as_rows(jnp.any(kept, axis=-1, keepdims=True), 1)[..., 0]
+                some = jnp.any(scores.kept(tile, j), axis=-1, keepdims=True)
+                reads |= tile.as_rows(some, 1)[..., 0]
             else:
                 reads = jnp.ones_like(reads)
             p = jnp.exp(s - grown_from(shift, j)[..., None])
@@ -65,8 +64,7 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
     reads = jnp.zeros((tile.heads, tile.rows), bool)
     sums, reads = over_key_tiles(operands, tile, step, (sums, reads))
     o, l = sums[..., :width], sums[..., width]
-    near = (l > np.exp(-_NEAR).astype(acc)) & (l < np.exp(_NEAR).astype(acc))
-    right = jnp.where(reads, near, l == 0)
+    right = jnp.where(reads, (l > _LEAST.astype(acc)) & (l < _MOST.astype(acc)), l == 0)
     right &= jnp.isfinite(jnp.sum(o * 0, axis=-1))
     # As if all keys were one of logit lse: so p = exp(s - m) / l is at most 1.
     l = jnp.where(reads, l, 1)
@@ -83,9 +81,8 @@ def whole_rows(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
 
     The shift is each row's maximum, so that this is right whatever the numbers are.
     """
-    scores, j = operands.scores, jnp.int32(0)
-    products = plan.format.products(operands, plan, tile, True)
-    s = scores.logits(tile, j, scores.local(tile, j), products.scores(j), True)
+    products, j = plan.format.products(operands, plan, tile, True), jnp.int32(0)
+    s = _logits(operands, tile, products, j, masked=False)
     p, v = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)), products.values(j)
     sums, width = products.weigh(p, _beside(v, 1)), v.shape[-1]
     return products.finish(sums[..., :width] / sums[..., width, None])
@@ -104,11 +101,22 @@ def _beside(v: Array, number: int) -> Array:
     return jnp.concatenate([v, jnp.full((*v.shape[:-1], _ONES), number, v.dtype)], axis=-1)
 
 
-def _guess(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
-    """About the largest logit of each row, (heads, rows): that of the first keys it may read."""
-    scores, count = operands.scores, min(_GUESSED, max(_ONES, tile.kv.block // 8))
+def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
+    """The largest logit of each row among the first keys that the tile visits, (heads, rows)."""
+    count = min(_FIRST, max(_ONES, tile.kv.block // 8))
     part = tile._replace(kv=Axis.of(tile.kv.length, count))
     j = first_visited(operands, tile) * tile.kv.block // count
-    alone = Local(scores.local(part, j).soft_cap, None, None)
-    s = plan.format.products(operands, plan, part, True).scores(j)
-    return jnp.max(scores.logits(part, j, alone, s, True), axis=-1)
+    products = plan.format.products(operands, plan, part, True)
+    masked = not operands.scores.always_full(tile.kv)
+    m = jnp.max(_logits(operands, part, products, j, masked), axis=-1)
+    return online.finite_shift(m)
+
+
+def _logits(
+    operands: Operands, tile: QueryTile, products: Products, j: Array, masked: bool
+) -> Array:
+    scores = operands.scores
+    s = scores.logits(tile, j, scores.local(tile, j), products.scores(j), True)
+    if not masked:
+        return s
+    return tile.plus(s, jnp.where(scores.kept(tile, j), 0, -jnp.inf).astype(s.dtype))

@@ -44,14 +44,12 @@ def over_query_tiles(
     groups = dims.N // dims.K
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
     together = 1
-    alike = kv.count == 1 or operands.scores.alike
-    if several and known(dims.instances) and alike and heads == dims.K:
+    if several and known(dims.instances) and heads == dims.K:
         scores, keys = dims.N * q.block * kv.block, dims.K * kv.block * (dims.H + dims.Hv)
-        if plan.step_numbers is not None:
-            together = _divisor(
-                dims.instances, plan.step_numbers // (keys + dims.N * q.block * (dims.H + dims.Hv))
-            )
-        else:
+        if plan.step_numbers is not None and (kv.count == 1 or operands.scores.alike):
+            numbers = keys + dims.N * q.block * (dims.H + dims.Hv)
+            together = _divisor(dims.instances, plan.step_numbers // numbers)
+        elif kv.count == 1:
             together = instances_per_step(plan.step_scores, dims.instances, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:

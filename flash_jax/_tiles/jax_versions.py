@@ -22,6 +22,14 @@ except ImportError:  # should JAX move it, attention works on without these repo
 ONE_KERNEL = jaxlib.version.__version_info__ >= (0, 11)
 
 
+def cpu_devices() -> int:
+    """How many CPU devices JAX has here; 1 where it has none."""
+    try:
+        return len(jax.local_devices(backend="cpu"))
+    except RuntimeError:  # JAX_PLATFORMS names others only
+        return 1
+
+
 def varying_axes(x: Array) -> frozenset[str]:
     """Mesh axes that x varies over in a ``shard_map``.
 

@@ -3,10 +3,13 @@
 XLA plans it before LLVM gets to the program, which here is not optimized.
 """
 
+import sys
+
 import jax
 import pytest
 from jax import numpy as jnp
 from options import SHAPES, spec, split
+from processes import run_script
 from unoptimized import UNOPTIMIZED
 
 from flash_jax import FlashAttentionConfig, flash_attention, flash_mha
@@ -49,6 +52,18 @@ def test_131072_positions_fit_in_128_mib():
 def test_the_program_does_not_grow_with_the_length():
     sizes = [len(compiled(T, causal=True, blocks=(64, 64)).as_text()) for T in (2**10, 2**16)]
     assert sizes[1] < 1.05 * sizes[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of resident memory")
+@pytest.mark.parametrize(
+    ("T", "S", "derivative"),
+    [(1021, 131072, "False"), (1021, 131072, "True"), (4099, 4093, "False")],
+)
+def test_resident_memory_is_what_xla_plans_and_64_mib_of_scratch(T, S, derivative):
+    """XLA's library allocates the scratch of its kernels by itself."""
+    printed = run_script("resident.py", str(T), str(S), "64", "float32", derivative)
+    resident, planned = map(int, printed.split())
+    assert resident < planned + 64 * 2**20
 
 
 # Model level
