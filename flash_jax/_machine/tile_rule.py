@@ -25,10 +25,10 @@ FUSED_KEYS = 256
 # values, and those of all heads, of which more would take longer to multiply than the keys to read.
 _MOST_ROWS = 8
 _MOST_COLUMNS = 64
-# Of one kernel per tile: rows that a task takes, keys that it takes at once, bytes of all tasks.
-_KERNEL_ROWS = 512
-_KERNEL_KEYS = 4096
-_KERNEL_SCRATCH = 64 * 2**20
+# Of one kernel per tile: rows of a task, keys that it takes at the most, bytes of all tasks.
+_TASK_ROWS = 512
+_TASK_KEYS = 4096
+_SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
 SYMBOLIC_LENGTH = 256
 _STREAMED_KEYS = 512  # per tile, where not all keys are read at once
@@ -109,15 +109,19 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
 def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     """Tiles for a problem where a tile is one kernel.
 
-    A task of the kernel holds the scores of some 512 rows, and there is one per core.
+    A kernel is cut into tasks of some 512 rows of one head, whose scores it holds. A step should
+    have two tasks per core.
     """
     T, S = max(problem.T, 1), max(problem.S, 1)
     if problem.masked:
         reach = S if problem.reach is None else max(128, _power_of_two(problem.reach))
-        return BlockSizes(_even(T, _KERNEL_ROWS), _even(S, min(_KERNEL_ROWS, reach)))
-    most = _KERNEL_SCRATCH // (4 * _KERNEL_ROWS * machine.cores)
-    whole = min(most, _KERNEL_KEYS) >= S
-    return BlockSizes(_even(T, _MAX_BLOCK_Q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
+        return BlockSizes(_even(T, _TASK_ROWS), _even(S, min(_TASK_ROWS, reach)))
+    tasks = math.ceil(2 * machine.cores / problem.heads / problem.groups)
+    block_q = min(_MAX_BLOCK_Q, _TASK_ROWS * tasks)
+    most = min(_TASK_KEYS, _SCRATCH // (4 * _TASK_ROWS * machine.cores))
+    if problem.dtype != "float32":  # each step brings ones beside the values
+        block_q, most = _MAX_BLOCK_Q, most // 2
+    return BlockSizes(_even(T, block_q), S if most >= S else _even(S, min(most, _MAX_BLOCK_KV)))
 
 
 def _even(length: int, block: int) -> int:

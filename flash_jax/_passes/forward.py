@@ -71,7 +71,8 @@ def output(operands: Operands, plan: Plan) -> Array:
         return forward(operands, plan).out
 
     def step(tile: QueryTile, out: Array) -> Array:
-        new = tile.each(lambda tile, operands: whole_rows(operands, plan, tile), operands)
+        rows = tile.together * tile.heads * tile.rows
+        new = tile.each(lambda tile, operands: whole_rows(operands, plan, tile, rows), operands)
         return _with_output(plan, tile, out, new)
 
     shape, plan = forward_shapes(operands, plan).out, plan.of_kernels

@@ -34,6 +34,7 @@ from .walk import first_visited, over_key_tiles
 
 _ONES = 16  # columns of them: as many as a vector holds cost no more than one
 _LEAST, _MOST = np.exp(-20.0), np.exp(60.0)  # l: its products with values stay in float32's range
+_FEWEST_ROWS = 4096
 _FIRST = 64  # keys that the shift is taken from
 
 
@@ -76,14 +77,21 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
     return with_sinks(operands, tile, state), right
 
 
-def whole_rows(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
+def whole_rows(operands: Operands, plan: Plan, tile: QueryTile, rows: int) -> Array:
     """softmax(s) v (heads, rows, Hv) of rows that read all keys, which lie in one tile.
 
     The shift is each row's maximum, so that this is right whatever the numbers are.
+
+    Args:
+        rows: how many the kernel has, of all heads and instances.
     """
     products, j = plan.format.products(operands, plan, tile, True), jnp.int32(0)
     s = _logits(operands, tile, products, j, masked=False)
     p, v = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)), products.values(j)
+    # A sum is faster than more columns of a product in float32. Then its quotient must be one of
+    # the operations that XLA's library takes, which are not too small.
+    if not products.coarse and rows >= _FEWEST_ROWS:
+        return products.finish(products.weigh(p, v) / jnp.sum(p, axis=-1, keepdims=True))
     sums, width = products.weigh(p, _beside(v, 1)), v.shape[-1]
     return products.finish(sums[..., :width] / sums[..., width, None])
 
