@@ -33,14 +33,19 @@ class Machine(NamedTuple):
 DEFAULT_CACHES = (32 * 2**10, 2**20, 0)
 
 
-@functools.cache
 def machine() -> Machine:
+    """This machine, as one of JAX's CPU devices has it."""
+    here = _read()
+    return here._replace(cores=max(1, here.cores // cpu_devices()))
+
+
+@functools.cache
+def _read() -> Machine:
     """This machine, read once per process."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    cores = max(1, cores // cpu_devices())
     caches = _darwin_caches() if platform.system() == "Darwin" else _linux_caches(_LINUX_CACHES)
     measured = bool(caches.get(1) and caches.get(2))
     sizes = (caches[1], caches[2], caches.get(3, 0)) if measured else DEFAULT_CACHES

@@ -113,12 +113,12 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     have two tasks per core.
     """
     T, S = max(problem.T, 1), max(problem.S, 1)
+    most = max(16, min(_TASK_KEYS, _SCRATCH // (4 * _TASK_ROWS * machine.cores)))
     if problem.masked:
         reach = S if problem.reach is None else max(128, _power_of_two(problem.reach))
-        return BlockSizes(_even(T, _TASK_ROWS), _even(S, min(_TASK_ROWS, reach)))
-    tasks = math.ceil(2 * machine.cores / problem.heads / problem.groups)
+        return BlockSizes(_even(T, _TASK_ROWS), _even(S, min(_TASK_ROWS, reach, most)))
+    tasks = math.ceil(2 * machine.cores / (problem.heads * problem.groups))
     block_q = min(_MAX_BLOCK_Q, _TASK_ROWS * tasks)
-    most = min(_TASK_KEYS, _SCRATCH // (4 * _TASK_ROWS * machine.cores))
     if problem.dtype != "float32":  # each step brings ones beside the values
         block_q, most = _MAX_BLOCK_Q, most // 2
     return BlockSizes(_even(T, block_q), S if most >= S else _even(S, min(most, _MAX_BLOCK_KV)))

@@ -17,13 +17,22 @@ try:
 except ImportError:  # should JAX move it, attention works on without these reports
     checkify = None
 
+try:
+    from jax._src import xla_bridge
+except ImportError:  # should JAX move it, tiles are those of a single device
+    xla_bridge = None
 
 # Whether XLA makes one kernel of a tile. 0.10 does, too, but a slow one.
 ONE_KERNEL = jaxlib.version.__version_info__ >= (0, 11)
 
 
 def cpu_devices() -> int:
-    """How many CPU devices JAX has here; 1 where it has none."""
+    """How many CPU devices JAX has here; 1 where it has none, or none yet.
+
+    JAX's devices must not be made by asking for them: their number may still be set.
+    """
+    if xla_bridge is None or not xla_bridge.backends_are_initialized():
+        return 1
     try:
         return len(jax.local_devices(backend="cpu"))
     except RuntimeError:  # JAX_PLATFORMS names others only

@@ -3,7 +3,7 @@ import pytest
 from flash_jax import FlashAttentionConfig
 from flash_jax._machine import processor
 from flash_jax._machine.processor import DEFAULT_CACHES, Machine, machine
-from flash_jax._machine.tile_rule import Problem, fastest_blocks, score_bytes
+from flash_jax._machine.tile_rule import Problem, fastest_blocks, kernel_blocks, score_bytes
 from flash_jax._passes.walk import heads_per_step, instances_per_step
 
 SMALL = Machine(cores=2, l1=32 * 2**10, l2=2**20, l3=0, measured=True)
@@ -24,6 +24,25 @@ def test_tiles_fit_the_machine_and_the_lengths(here, causal, head_dim, T, S):
     assert 4 * q * kv <= score_bytes(here)
     # The tiles of an axis are equally long, up to a vector: no axis ends in a stump.
     assert -(-T // q) * q - T < 16 * -(-T // q)
+
+
+@pytest.mark.parametrize("here", [SMALL, LARGE, LARGE._replace(cores=1009)])
+@pytest.mark.parametrize("problem", [{}, {"masked": True}, {"masked": True, "reach": 257}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (17, 5), (2048, 2048), (1, 10**6), (10**6, 1)])
+def test_the_scratch_of_all_tasks_of_a_kernel_is_bounded(here, problem, dtype, T, S):
+    q, kv = kernel_blocks(here, Problem(T, S, 64, heads=3, dtype=dtype, **problem))
+    assert 1 <= q <= T
+    assert 1 <= kv <= S
+    assert 4 * min(q, 512) * kv * here.cores <= 64 * 2**20
+
+
+def test_cores_are_those_of_one_of_several_cpu_devices(monkeypatch):
+    cores = processor._read().cores
+    monkeypatch.setattr(processor, "cpu_devices", lambda: cores)
+    assert machine().cores == 1
+    monkeypatch.setattr(processor, "cpu_devices", lambda: 1009 * cores)
+    assert machine().cores == 1
 
 
 @pytest.mark.parametrize("heads", [1, 7, 8, 12, 32])
@@ -89,6 +108,6 @@ def test_unreadable_cache_sizes_fall_back_to_the_defaults(entries, tmp_path, mon
     cache_files(tmp_path, entries)
     monkeypatch.setattr(processor, "_LINUX_CACHES", tmp_path)
     monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
-    here = processor.machine.__wrapped__()
+    here = processor._read.__wrapped__()
     assert not here.measured
     assert here[1:4] == DEFAULT_CACHES
