@@ -28,6 +28,7 @@ _MOST_COLUMNS = 64
 # Of one kernel per tile: rows of a task, keys that it takes at the most, bytes of all tasks.
 _TASK_ROWS = 512
 _TASK_KEYS = 4096
+_FEWEST_QUERIES = 128
 _SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
 SYMBOLIC_LENGTH = 256
@@ -109,19 +110,22 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
 def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     """Tiles for a problem where a tile is one kernel.
 
-    A kernel is cut into tasks of some 512 rows of one head, whose scores it holds. A step should
-    have two tasks per core.
+    A kernel is cut into tasks of some 512 rows of one key/value head, whose scores it holds. A step
+    should have two tasks per core, and not more rows than that, unless it has few keys.
     """
     T, S = max(problem.T, 1), max(problem.S, 1)
     most = max(16, min(_TASK_KEYS, _SCRATCH // (4 * _TASK_ROWS * machine.cores)))
     if problem.masked:
         reach = S if problem.reach is None else max(128, _power_of_two(problem.reach))
-        return BlockSizes(_even(T, _TASK_ROWS), _even(S, min(_TASK_ROWS, reach, most)))
-    tasks = math.ceil(2 * machine.cores / (problem.heads * problem.groups))
-    block_q = min(_MAX_BLOCK_Q, _TASK_ROWS * tasks)
+        block_q = max(_FEWEST_QUERIES, _TASK_ROWS // problem.groups)
+        block_kv = min(_TASK_ROWS, 2 * block_q, reach, most)
+        return BlockSizes(_even(T, block_q), _even(S, block_kv))
     if problem.dtype != "float32":  # each step brings ones beside the values
-        block_q, most = _MAX_BLOCK_Q, most // 2
-    return BlockSizes(_even(T, block_q), S if most >= S else _even(S, min(most, _MAX_BLOCK_KV)))
+        most = max(16, most // 2)
+    whole = most >= S
+    tasks = math.ceil(2 * machine.cores / problem.heads) * (1 if whole else 2)
+    block_q = max(_FEWEST_QUERIES, min(_MAX_BLOCK_Q, _TASK_ROWS * tasks) // problem.groups)
+    return BlockSizes(_even(T, block_q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
 
 
 def _even(length: int, block: int) -> int:
