@@ -1,7 +1,7 @@
 """The forward pass: for every tile of queries, one walk over the key tiles it may read.
 
 Where XLA makes one kernel of a tile, all tiles go that way first (``kernel``). The exact loop then
-does all of them again if a result is not known to be right, and else runs no step.
+gives the rows that are not known to be right, and runs no step if all are.
 
 Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 """
@@ -15,7 +15,7 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.load import put_tile
+from .._tiles.load import put_tile, take_tiles
 from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
@@ -54,15 +54,16 @@ def forward(operands: Operands, plan: Plan) -> Results:
         sinks = operands.sinks.astype(dims.acc)[..., None]
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
-    right = None
+    right = done = None
     if plan.kernel is not None:
         results, right = _by_kernels(operands, plan, results)
+        done = in_every_element(jnp.all(right))
 
     def step(tile: QueryTile, results: Results) -> Results:
         state = tile.each(lambda tile, operands: forward_tile(operands, plan, tile), operands)
-        return _with_tile(plan, tile, results, state)
+        return _with_tile(plan, tile, results, state, right)
 
-    return over_query_tiles(operands, plan, step, results, copies=1, several=True, unless=right)
+    return over_query_tiles(operands, plan, step, results, copies=1, several=True, unless=done)
 
 
 def output(operands: Operands, plan: Plan) -> Array:
@@ -89,37 +90,53 @@ def _in_whole_rows(operands: Operands, plan: Plan) -> bool:
 
 
 def _by_kernels(operands: Operands, plan: Plan, results: Results) -> tuple[Results, Array]:
-    """The results by one kernel per tile, and whether all of them are right."""
+    """The results by one kernel per tile, and which rows of them are right, (B, N, T)."""
     plan = plan.of_kernels
 
     def step(tile: QueryTile, carry: tuple[Results, Array]) -> tuple[Results, Array]:
         state, right = tile.each(lambda tile, operands: kernel_tile(operands, plan, tile), operands)
-        return _with_tile(plan, tile, carry[0], state), carry[1] & jnp.all(right)
+        return _with_tile(plan, tile, carry[0], state), _with_rows(tile, carry[1], right)
 
-    carry = results, jnp.array(True)
-    results, right = over_query_tiles(operands, plan, step, carry, copies=1, several=True)
-    return results, in_every_element(right)
+    carry = results, jnp.zeros(results.lse.shape, bool)
+    return over_query_tiles(operands, plan, step, carry, copies=1, several=True)
 
 
-def _with_tile(plan: Plan, tile: QueryTile, results: Results, state: online.State) -> Results:
-    """The results with those of one tile of queries."""
+def _with_tile(
+    plan: Plan, tile: QueryTile, results: Results, state: online.State, keep: Array | None = None
+) -> Results:
+    """The results with those of one tile of queries, but for rows to keep, (B, N, T).
+
+    So a row depends on what it reads alone, and not on whether others are right.
+    """
     out, lse = online.finish(state)
-    n, t = tile.head * tile.groups, tile.q.start(tile.i)
-    shape = (tile.together, tile.heads * tile.groups, tile.q.block)
-    rows = [x.reshape(shape) for x in (lse, state.m, state.l)]
+    rows = zip(results[1:], (lse, state.m, state.l), strict=True)
     return Results(
-        _with_output(plan, tile, results.out, out),
-        *(
-            lax.dynamic_update_slice(x, new, (tile.instance, n, t))
-            for x, new in zip(results[1:], rows, strict=True)
-        ),
+        _with_output(plan, tile, results.out, out, keep),
+        *(_with_rows(tile, x, new, keep) for x, new in rows),
     )
 
 
-def _with_output(plan: Plan, tile: QueryTile, out: Array, new: Array) -> Array:
-    n, t = tile.head * tile.groups, tile.q.start(tile.i)
+def _with_rows(tile: QueryTile, x: Array, new: Array, keep: Array | None = None) -> Array:
+    shape = (tile.together, tile.heads * tile.groups, tile.q.block)
+    start = (tile.instance, tile.head * tile.groups, tile.q.start(tile.i))
+    new = new.reshape(shape)
+    if keep is not None:
+        old, kept = (lax.dynamic_slice(a, start, shape) for a in (x, keep))
+        new = jnp.where(kept, old, new)
+    return lax.dynamic_update_slice(x, new, start)
+
+
+def _with_output(
+    plan: Plan, tile: QueryTile, out: Array, new: Array, keep: Array | None = None
+) -> Array:
     shape = (tile.together, tile.heads * tile.groups, tile.q.block, out.shape[-1])
-    return put_tile(plan.layout, out, new.reshape(shape).astype(plan.dtype), tile.instance, n, t)
+    start = (tile.instance, tile.head * tile.groups, tile.q.start(tile.i))
+    new = new.reshape(shape).astype(plan.dtype)
+    if keep is not None:
+        old = take_tiles(plan.layout, out, *start, shape)
+        kept = lax.dynamic_slice(keep, start, shape[:3])
+        new = jnp.where(kept[..., None], old, new)
+    return put_tile(plan.layout, out, new, *start)
 
 
 def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:

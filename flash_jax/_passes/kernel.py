@@ -12,8 +12,7 @@ tile of zeros and -inf, which is added.
 The shift is the largest of the row's first logits, so that s - c rounds no more than s has been
 rounded already; or 0, where the row reads none of these keys. It serves a row where l is neither
 tiny nor huge. That is checked for every row, and also that its sums are finite, so that no NaN or
-infinity behind a mask has reached them. Where a row fails, the exact loop does all the work again
-(``forward``).
+infinity behind a mask has reached them. A row that fails is left to the exact loop (``forward``).
 """
 
 from __future__ import annotations

@@ -51,6 +51,16 @@ def take_tile(
     return jnp.moveaxis(tile, layout.value - 1, 1)
 
 
+def take_tiles(
+    layout: Layout, x: Array, entry: Array, head: Array, start: Array, shape: tuple[int, ...]
+) -> Array:
+    """Tiles (entries, heads, size, H) of that shape, from entry, head and start on."""
+    entries, heads, size, width = shape
+    sizes = layout.axes(entries, heads, size, width)
+    tiles = lax.dynamic_slice(x, layout.axes(entry, head, start, _ZERO), sizes)
+    return jnp.moveaxis(tiles, layout.value, 2)
+
+
 def put_tile(
     layout: Layout, x: Array, tile: Array, entry: Array, head: Array, start: Array
 ) -> Array:

@@ -120,6 +120,24 @@ def test_what_is_masked_changes_no_bit(rng):
             np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_future_and_padding_change_no_bit_and_calls_repeat(dtype, rng):
+    T, past, length = 1009, 701, 907
+    given = {"is_causal": True, "key_value_seq_lengths": np.int32(length)}
+    call = jax.jit(lambda *x: flash_attention_with_lse(*x, **given))
+    inputs = random_inputs(rng, B=None, T=T, S=T, H=16, dtype=dtype)
+    expected = call(*inputs)
+    for x, y in zip(call(*inputs), expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for start, finite in ((past, 7.0), (length, -300.0)):
+        changed = [x.copy() for x in inputs]
+        for x in changed:
+            x[start:] = finite
+        out, lse = call(*changed)
+        np.testing.assert_array_equal(out[:start], expected[0][:start])
+        np.testing.assert_array_equal(lse[:, :start], expected[1][:, :start])
+
+
 # Derivatives
 
 
