@@ -112,7 +112,8 @@ def flash_attention_int8(*args: Any, **kwargs: Any) -> Array:
         probability_dtype: what probabilities are rounded to before they are multiplied by the
             values. uint8, relative to the row's largest in each tile, is the fastest. bfloat16 is
             within 2/255 of ``max |v|`` for every input. float32 is exact.
-            ``flash_jax._formats.int8`` derives the bounds.
+            ``flash_jax._formats.int8`` derives the bounds. Where the processor multiplies bfloat16,
+            jaxlib 0.11 and later takes bfloat16 for uint8, too, in all but small calls.
         block_sizes: as ``flash_attention``. Longer tiles of keys make uint8 probabilities coarser.
 
     Returns:

@@ -25,8 +25,8 @@ from .._checks.numbers import (
 )
 from .._checks.shapes import accumulator
 from .._machine.processor import Machine, machine
-from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem
-from .._machine.tuned import best_blocks, best_kernel_blocks, tuned
+from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem, kernel_blocks
+from .._machine.tuned import best_blocks, tuned
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
 from .._masks.positions import CausalMask, LengthMask, WindowMask
@@ -170,7 +170,7 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     blocks = kernel = options.blocks
     if blocks is None or kernel is None:
         problem = options.problem(query, key, scores.mask is not None)
-        blocks, kernel = best_blocks(problem), best_kernel_blocks(problem)
+        blocks, kernel = best_blocks(problem), best_blocks(problem, kernel_blocks)
     return Bound(scores, arrays.sinks, dropout_key, blocks, kernel)
 
 

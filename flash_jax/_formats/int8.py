@@ -86,7 +86,7 @@ def _int8_products(
         )
 
     finish = functools.partial(_scaled_by_channel, v_scale, tile)
-    products = Products(scores, values, online.dot, finish, floats=False, coarse=True)
+    products = Products(scores, values, online.dot, finish, floats=False)
     if probabilities == np.float32:
         return products
     products = products._replace(exp=functools.partial(exp, degree=4))  # far finer than 8 bits

@@ -12,29 +12,26 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .._tiles.tile import BlockSizes
 from .._version import __version__
-from .processor import machine, processor
-from .tile_rule import Problem, fastest_blocks, kernel_blocks
+from .processor import Machine, machine, processor
+from .tile_rule import Problem, fastest_blocks
 
 Choices = dict[Problem, BlockSizes]
+Rule = Callable[[Machine, Problem], BlockSizes]
 
 _loaded: Choices | None = None  # None: not read yet
 _changes = 0
 
 
-def best_blocks(problem: Problem) -> BlockSizes:
-    """The tiles to use for a problem."""
-    return stored().get(_key(problem)) or fastest_blocks(machine(), problem)
-
-
-def best_kernel_blocks(problem: Problem) -> BlockSizes:
-    """The tiles to use for a problem where a tile is one kernel."""
-    return stored().get(_key(problem)) or kernel_blocks(machine(), problem)
+def best_blocks(problem: Problem, rule: Rule = fastest_blocks) -> BlockSizes:
+    """The tiles to use for a problem: those that are stored, else those of a rule."""
+    return stored().get(_key(problem)) or rule(machine(), problem)
 
 
 def tuned() -> int:

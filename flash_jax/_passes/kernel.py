@@ -49,12 +49,13 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
     def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
         def at(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             sums, reads = carry
-            s = _logits(operands, tile, products, j, masked)
-            if masked:
-                some = jnp.any(scores.kept(tile, j), axis=-1, keepdims=True)
-                reads |= tile.as_rows(some, 1)[..., 0]
-            else:
+            kept = scores.kept(tile, j) if masked else None
+            s = _logits(operands, tile, products, j, kept)
+            if kept is None:
                 reads = jnp.ones_like(reads)
+            else:
+                some = jnp.any(kept, axis=-1, keepdims=True)
+                reads |= tile.as_rows(some, 1)[..., 0]
             p = jnp.exp(s - grown_from(shift, j)[..., None])
             return sums + _weighed(products, p, products.values(j), plan.lse), reads
 
@@ -85,7 +86,7 @@ def whole_rows(operands: Operands, plan: Plan, tile: QueryTile, rows: int) -> Ar
         rows: how many the kernel has, of all heads and instances.
     """
     products, j = plan.format.products(operands, plan, tile, True), jnp.int32(0)
-    s = _logits(operands, tile, products, j, masked=False)
+    s = _logits(operands, tile, products, j, kept=None)
     p, v = jnp.exp(s - jnp.max(s, axis=-1, keepdims=True)), products.values(j)
     # A sum is faster than more columns of a product in float32. Then its quotient must be one of
     # the operations that XLA's library takes, which are not too small.
@@ -114,16 +115,15 @@ def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     part = tile._replace(kv=Axis.of(tile.kv.length, count))
     j = first_visited(operands, tile) * tile.kv.block // count
     products = plan.format.products(operands, plan, part, True)
-    masked = not operands.scores.always_full(tile.kv)
-    m = jnp.max(_logits(operands, part, products, j, masked), axis=-1)
+    kept = None if operands.scores.always_full(tile.kv) else operands.scores.kept(part, j)
+    m = jnp.max(_logits(operands, part, products, j, kept), axis=-1)
     return online.finite_shift(m)
 
 
 def _logits(
-    operands: Operands, tile: QueryTile, products: Products, j: Array, masked: bool
+    operands: Operands, tile: QueryTile, products: Products, j: Array, kept: Array | None
 ) -> Array:
+    """The logits of key tile j, -inf where they are not kept; None: all are."""
     scores = operands.scores
     s = scores.logits(tile, j, scores.local(tile, j), products.scores(j), True)
-    if not masked:
-        return s
-    return tile.plus(s, jnp.where(scores.kept(tile, j), 0, -jnp.inf).astype(s.dtype))
+    return s if kept is None else tile.plus(s, jnp.where(kept, 0, -jnp.inf).astype(s.dtype))
