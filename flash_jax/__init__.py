@@ -13,7 +13,11 @@ from ._api.kernels import flash_mha_i8 as flash_mha_i8
 from ._api.merge import merge_attention as merge_attention
 from ._api.patch import patch_jax_nn as patch_jax_nn
 from ._api.reference import reference_attention as reference_attention
+from ._api.ring import ring_attention as ring_attention
+from ._api.ring import ring_attention_with_lse as ring_attention_with_lse
 from ._api.tune import tune as tune
+from ._api.zigzag import from_zigzag as from_zigzag
+from ._api.zigzag import to_zigzag as to_zigzag
 from ._formats.quantized import QuantizedArray as QuantizedArray
 from ._formats.quantized import dequantize as dequantize
 from ._formats.quantized import quantize as quantize

@@ -167,11 +167,17 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     dropout_key = None
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
-    blocks = kernel = options.blocks
-    if blocks is None or kernel is None:
-        problem = options.problem(query, key, scores.mask is not None)
-        blocks, kernel = best_blocks(problem), best_blocks(problem, kernel_blocks)
-    return Bound(scores, arrays.sinks, dropout_key, blocks, kernel)
+    return Bound(
+        scores, arrays.sinks, dropout_key, *tiles(options, query, key, scores.mask is not None)
+    )
+
+
+def tiles(options: Options, query: Any, key: Any, masked: bool) -> tuple[BlockSizes, BlockSizes]:
+    """Tiles of the exact loop and of the kernels, for query (..., T, N, H), key (..., S, K, H)."""
+    if options.blocks is not None:
+        return options.blocks, options.blocks
+    problem = options.problem(query, key, masked)
+    return best_blocks(problem), best_blocks(problem, kernel_blocks)
 
 
 def one_mask(bound: Arrays, options: Options) -> Mask | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
@@ -37,6 +38,7 @@ def backward(
     d_lse: Array,
     plan: Plan,
     entries: dict[str, int],
+    dtype: np.dtype | None = None,
 ) -> dict[str, Array]:
     """Gradients of some operands.
 
@@ -45,11 +47,13 @@ def backward(
         d_lse: of lse, (B, N, T).
         entries: the operands to differentiate, and the first axis of each gradient. Where that is
             less than the output's, the gradient is summed over the instances that share an entry.
+        dtype: of the gradients; None: each has that of its operand.
     """
     dims = Dimensions.of(operands, plan)
+    shapes = gradient_shapes(operands, entries, dtype)
     gradients = Gradients.start(operands, plan, entries)
     if dims.empty:
-        return gradients.finish(gradient_shapes(operands, entries))
+        return gradients.finish(shapes)
     if plan.multiplied is not None:
         plan = plan.of_backward
     arrays = operands, results, d_out, d_lse
@@ -70,7 +74,7 @@ def backward(
     several = several and {*entries.values()} <= {1, dims.instances}
     copies = 1 if plan.multiplied is not None else 3
     gradients = over_query_tiles(operands, plan, step, gradients, copies=copies, several=several)
-    return gradients.finish(gradient_shapes(operands, entries))
+    return gradients.finish(shapes)
 
 
 def backward_tile(

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
@@ -20,11 +21,14 @@ from .plan import Plan
 from .scores import Local
 
 
-def gradient_shapes(operands: Operands, entries: dict[str, int]) -> dict[str, jax.ShapeDtypeStruct]:
+def gradient_shapes(
+    operands: Operands, entries: dict[str, int], dtype: np.dtype | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the gradients: as the operands', with first axes of ``entries``."""
     of = {name: getattr(Differentiable.of(operands), name) for name in entries}
     return {
-        name: jax.ShapeDtypeStruct((entries[name], *x.shape[1:]), x.dtype) for name, x in of.items()
+        name: jax.ShapeDtypeStruct((entries[name], *x.shape[1:]), dtype or x.dtype)
+        for name, x in of.items()
     }
 
 

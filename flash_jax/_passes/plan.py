@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks.shapes import accumulator
 from .._tiles.layout import Layout
 from .._tiles.tile import BlockSizes
 from .products import Format
@@ -20,6 +21,23 @@ KERNEL_SCORES = 2**26
 KERNEL_NUMBERS = 2**21
 # Of the two tiles of scores that a step of the backward pass stores.
 BACKWARD_BYTES = 2**23
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How keys travel round a mesh axis: see ``ring``.
+
+    Attributes:
+        axis: of the mesh; one name, or several.
+        size: how many devices.
+        parts: contiguous parts of a device's sequences: 1, or 2 in zigzag order.
+        rounds: those that some device needs. In round r device i has the keys of device i - r.
+    """
+
+    axis: str | tuple[str, ...]
+    size: int
+    parts: int
+    rounds: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Plan:
             then is the fastest way.
         dropout_rate: in [0, 1).
         broadcast_dropout: all heads drop the same.
+        ring: where the sequences lie on several devices, how keys reach every query.
     """
 
     blocks: BlockSizes
@@ -61,6 +80,7 @@ class Plan:
     fused: bool = False
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False
+    ring: Ring | None = None
 
     @property
     def of_kernels(self) -> Plan:
@@ -78,3 +98,8 @@ class Plan:
         blocks = BlockSizes(min(self.blocks.q, 512), min(self.blocks.kv, 512))
         scores = BACKWARD_BYTES // (2 * self.multiplied.itemsize)
         return dataclasses.replace(self, blocks=blocks, step_scores=scores)
+
+    @property
+    def of_parts(self) -> Plan:
+        """The plan of one part of the queries against one part of the keys of a ring."""
+        return dataclasses.replace(self, dtype=accumulator(self.dtype), lse=True, ring=None)

@@ -38,6 +38,7 @@ from .backward import backward, gradient_shapes
 from .forward import Results, forward, forward_shapes, output
 from .operands import Differentiable, Operands, varying_as
 from .plan import Plan
+from .ring import ring_backward, ring_forward, ring_tangent
 from .tangent import tangent
 from .whole_tiles import in_whole_tiles
 
@@ -77,6 +78,8 @@ def _names(tree: Any) -> list[str]:
 
 def _attention(*leaves: Array, tree: Any, plan: Plan, statistics: bool) -> list[Array]:
     operands, _ = _join(tree, leaves)
+    if plan.ring is not None:
+        return list(ring_forward(operands, plan))[: None if statistics else 1]
     return list(forward(operands, plan)) if statistics else [output(operands, plan)]
 
 
@@ -88,7 +91,8 @@ def _attention_shapes(*leaves: Any, tree: Any, plan: Plan, statistics: bool) -> 
 def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Array]:
     operands, others = _join(tree, leaves)
     tangents = dict.fromkeys(Differentiable._fields) | dict(zip(wrt, others[4:], strict=True))
-    return list(tangent(operands, Results(*others[:4]), Differentiable(**tangents), plan))
+    run = tangent if plan.ring is None else ring_tangent
+    return list(run(operands, Results(*others[:4]), Differentiable(**tangents), plan))
 
 
 def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Any]:
@@ -100,7 +104,8 @@ def _gradient(
 ) -> list[Array]:
     operands, (*results, d_out, d_lse) = _join(tree, leaves)
     sizes = dict(zip(wrt, entries, strict=True))
-    gradients = backward(operands, Results(*results), d_out, d_lse, plan, sizes)
+    run = backward if plan.ring is None else ring_backward
+    gradients = run(operands, Results(*results), d_out, d_lse, plan, sizes)
     return [gradients[name] for name in wrt]
 
 
