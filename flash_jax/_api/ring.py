@@ -16,6 +16,7 @@ from .._checks.bind import Sizes, bind_scores
 from .._checks.shapes import accumulator, check_qkv
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
+from .._passes import online_softmax as online
 from .._passes.operands import Operands
 from .._passes.plan import Ring
 from .._passes.primitives import attention
@@ -285,13 +286,6 @@ def _with_scores(
 
 def _with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """out (B, N, T, Hv) and lse (B, N, T) with one more logit per head, (B or 1, N)."""
-    sinks = jnp.broadcast_to(sinks.astype(lse.dtype)[..., None], lse.shape)
-    m = lax.stop_gradient(jnp.maximum(lse, sinks))
-    shift = jnp.where(jnp.isneginf(m), 0, m)
-    empty = jnp.isneginf(lse)
-    keys = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lse) - shift))
-    total = keys + jnp.exp(sinks - shift)
-    none = total == 0
-    total = jnp.where(none, 1, total)
-    out = out * (keys / total)[..., None]
-    return out, jnp.where(none, -jnp.inf, shift + jnp.log(total))
+    state = online.State(lse, (~jnp.isneginf(lse)).astype(lse.dtype), out)
+    sinks = jnp.broadcast_to(sinks[..., None], lse.shape)
+    return online.finish(online.add_logit(state, sinks))
