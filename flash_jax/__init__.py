@@ -5,6 +5,7 @@ from ._api.attention import flash_attention_with_lse as flash_attention_with_lse
 from ._api.attention_int8 import flash_attention_int8 as flash_attention_int8
 from ._api.attention_int8 import flash_attention_int8_with_lse as flash_attention_int8_with_lse
 from ._api.config import FlashAttentionConfig as FlashAttentionConfig
+from ._api.core_mesh import core_mesh as core_mesh
 from ._api.dot_product_attention import dot_product_attention as dot_product_attention
 from ._api.kernels import flash_attention_forward as flash_attention_forward
 from ._api.kernels import flash_attention_forward_i8 as flash_attention_forward_i8

@@ -195,11 +195,13 @@ def ring_attention(*args: Any, **kwargs: Any) -> Array:
     Example:
         >>> import jax, functools, jax.numpy as jnp
         >>> from jax.sharding import PartitionSpec as P
+        >>> from flash_jax import to_zigzag
         >>> mesh = jax.make_mesh((1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> attend = functools.partial(ring_attention, axis_name="seq", is_causal=True)
         >>> spec = P(None, "seq")  # the devices' parts, one after the other
         >>> ring = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec))
-        >>> ring(*[to_zigzag(jnp.ones((1, 4, 2, 8)), 1)] * 3).shape
+        >>> x = to_zigzag(jnp.ones((1, 4, 2, 8)), 1)
+        >>> ring(x, x, x).shape
         (1, 4, 2, 8)
 
     References:

@@ -7,8 +7,10 @@ import platform
 import re
 from importlib.metadata import version
 
+import jax
+
 from .._api.config import FlashAttentionConfig
-from .._machine.processor import Machine, machine, processor
+from .._machine.processor import Machine, cores_here, machine, processor
 from .._machine.tuned import path, stored
 from .._version import __version__
 
@@ -29,7 +31,8 @@ def hardware() -> Rows:
     """Lists what the choice of tiles knows of the processor."""
     return [
         ("processor", processor()),
-        *caches(machine()),
+        *caches(machine()._replace(cores=cores_here())),
+        ("CPU devices", devices(cores_here(), len(jax.local_devices(backend="cpu")))),
         ("vector width", vector_width(os.environ.get("XLA_FLAGS", ""))),
         ("tuned tiles", f"{len(stored())} in {path()}"),
     ]
@@ -44,6 +47,17 @@ def caches(found: Machine) -> Rows:
         ("L2 cache, per core", _kib(found.l2) + source),
         ("L3 cache", (_kib(found.l3) if found.l3 else "none") + source),
     ]
+
+
+def devices(cores: int, count: int) -> str:
+    """Says how many CPU devices JAX makes, and how there would be one per core.
+
+    Example:
+        >>> devices(16, 1)
+        '1 for 16 cores: flash_jax.core_mesh() makes one per core'
+    """
+    one_each = "" if count >= cores else f" for {cores} cores: flash_jax.core_mesh() makes one per core"
+    return f"{count}{one_each}"
 
 
 def _kib(count: int) -> str:

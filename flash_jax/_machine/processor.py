@@ -39,6 +39,11 @@ def machine() -> Machine:
     return here._replace(cores=max(1, here.cores // cpu_devices()))
 
 
+def cores_here() -> int:
+    """Cores that this process may use."""
+    return _read().cores
+
+
 @functools.cache
 def _read() -> Machine:
     """This machine, read once per process."""

@@ -65,6 +65,11 @@ def test_assumed_caches_are_called_so():
     assert rows["L3 cache"] == "1.5 MiB"
 
 
+def test_more_cores_than_devices_are_told():
+    assert info.devices(2, 2) == info.devices(1, 2) == "2"
+    assert info.devices(3, 2).startswith("2 for 3 cores: flash_jax.core_mesh()")
+
+
 def test_processor_has_a_name_where_cpuinfo_has_none(tmp_path):
     assert processor._linux_processor(tmp_path / "missing") == ""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
