@@ -55,6 +55,8 @@ ring = jax.shard_map(attend, mesh=mesh, in_specs=P(None, "cores"), out_specs=P(N
 
 @jax.jit
 def step(x):
+    """The norms of the output and of the gradients of a loss."""
+
     def loss(q, k, v):
         out = ring(q, k, v)
         return jnp.mean(out**2), out

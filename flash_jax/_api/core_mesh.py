@@ -7,6 +7,8 @@ little from each other, such as batch elements and heads, one device per core is
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -47,10 +49,8 @@ def core_mesh(cores: int | None = None, *, axis_name: str = "cores") -> Mesh:
         asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
         cores = asked if asked > 0 else cores_here()
     cores = positive_integer("cores", cores)
-    try:
+    with contextlib.suppress(RuntimeError):  # its devices are made; there may be enough of them
         jax.config.update("jax_num_cpu_devices", cores)
-    except RuntimeError:  # its devices are made; there may be enough of them
-        pass
     found = len(jax.local_devices(backend="cpu"))
     if found < cores:
         raise RuntimeError(
@@ -60,4 +60,6 @@ def core_mesh(cores: int | None = None, *, axis_name: str = "cores") -> Mesh:
         )
     each = [jax.local_devices(i, backend="cpu")[:cores] for i in range(jax.process_count())]
     devices = [device for own in each for device in own]
-    return jax.make_mesh((len(devices),), (axis_name,), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(
+        (len(devices),), (axis_name,), axis_types=(AxisType.Auto,), devices=devices
+    )

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
-from jax.typing import ArrayLike
 
 from .._checks.bind import Sizes, bind_scores
-from .._checks.shapes import accumulator, check_qkv
+from .._checks.shapes import accumulator
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
 from .._passes import online_softmax as online
@@ -24,105 +23,11 @@ from .._passes.scores import Scores
 from .._tiles.jax_versions import varying_axes
 from .._tiles.layout import Layout
 from .._tiles.load import heads_first
-from .._tiles.symbolic import known
-from .attention import attention_arguments
 from .batch_axis import with_batch_axis
 from .options import Arrays, Options, bind_options, tiles
 from .plan import plan_floats
+from .ring_arguments import ring_arguments
 from .signature import same_arguments
-from .zigzag import needed_rounds
-
-_LAYOUTS = "zigzag", "contiguous"
-
-
-def ring_arguments(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: Mask | ArrayLike | None = None,
-    *,
-    axis_name: str | tuple[str, ...],
-    layout: str = "zigzag",
-    scale: ArrayLike | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
-    query_offset: ArrayLike = 0,
-    query_segment_ids: ArrayLike | None = None,
-    key_value_segment_ids: ArrayLike | None = None,
-    logits_soft_cap: ArrayLike | None = None,
-    sinks: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
-    dropout_rng: Array | None = None,
-    broadcast_dropout: bool = False,
-    block_sizes: tuple[int, int] | None = None,
-) -> tuple[Array, Array, Array, Arrays, Options, Ring]:
-    """The arguments of ring attention, checked as far as no shapes of options are needed."""
-    q, k, v, arrays, options = attention_arguments(
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_seq_lengths,
-        key_value_seq_lengths=key_value_seq_lengths,
-        local_window_size=local_window_size,
-        query_offset=query_offset,
-        query_segment_ids=query_segment_ids,
-        key_value_segment_ids=key_value_segment_ids,
-        logits_soft_cap=logits_soft_cap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        dropout_rate=dropout_rate,
-        dropout_rng=dropout_rng,
-        broadcast_dropout=broadcast_dropout,
-        block_sizes=block_sizes,
-    )
-    check_qkv(q, k, v)
-    size = _size_of_axis(axis_name)
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be 'zigzag' or 'contiguous'; it is {layout!r}")
-    T, S = q.shape[-3], k.shape[-3]
-    for name, length in (("query", T), ("key", S)):
-        if not known(length):
-            raise NotImplementedError(
-                f"{name} must have a length that is no symbol in ring_attention; it is {length}"
-            )
-        if layout == "zigzag" and length % 2:
-            raise ValueError(
-                f"{name} must have an even number of positions on each device for layout="
-                f"'zigzag'; it has {length}. layout='contiguous' takes any"
-            )
-    # Where nothing goes by position, any order is contiguous.
-    free = ("scale", "query_segment_ids", "key_value_segment_ids", "logits_soft_cap", "sinks")
-    given = {name for name, x in arrays._asdict().items() if x is not None} - {*free}
-    offset = arrays.query_offset
-    known_offset = int(offset) if isinstance(offset, int | np.integer) else None
-    if known_offset == 0:
-        given -= {"query_offset"}
-    positional = bool(given) or options.is_causal or options.window is not None
-    parts = 2 if layout == "zigzag" and positional else 1
-    rounds = needed_rounds(size, parts, T, S, options.is_causal, options.window, known_offset)
-    return q, k, v, arrays, options, Ring(axis_name, size, parts, rounds)
-
-
-def _size_of_axis(axis_name: Any) -> int:
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"axis_name must be a mesh axis, or a tuple of them; it is {axis_name!r}")
-    if missing := [name for name in names if name not in manual]:
-        inside = f"here they are {', '.join(manual)}" if manual else "here is none"
-        raise ValueError(
-            f"axis_name must be an axis of the mesh that jax.shard_map maps over; {inside}; it is "
-            f"{missing[0]!r}"
-        )
-    return lax.axis_size(axis_name)
 
 
 @same_arguments(ring_arguments)
@@ -140,9 +45,10 @@ def ring_attention_with_lse(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
         >>> from jax.sharding import PartitionSpec as P
         >>> mesh = jax.make_mesh((1,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> attend = functools.partial(ring_attention_with_lse, axis_name="seq", is_causal=True)
-        >>> specs = {"in_specs": P(None, "seq"), "out_specs": (P(None, "seq"), P(None, None, "seq"))}
+        >>> spec, of_lse = P(None, "seq"), P(None, None, "seq")
+        >>> ring = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=(spec, of_lse))
         >>> x = jnp.ones((1, 4, 2, 8))
-        >>> out, lse = jax.jit(jax.shard_map(attend, mesh=mesh, **specs))(x, x, x)
+        >>> out, lse = jax.jit(ring)(x, x, x)
         >>> lse.shape
         (1, 2, 4)
     """
@@ -221,38 +127,39 @@ def _attention_of_ring(
 def _attend(
     query: Array, key: Array, value: Array, arrays: Arrays, options: Options, ring: Ring
 ) -> tuple[Array, Array | None]:
-    bound = bind_options(_without_scores(arrays), options, query, key)
-    scores = _with_scores(bound.scores, arrays, options, query, key, ring.size)
-    of_parts = (
-        jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // ring.parts, *x.shape[2:]), x.dtype)
-        for x in (query, key)
-    )
-    query_part, key_part = of_parts
-    blocks, kernel = tiles(options, query_part, key_part, scores.mask is not None)
+    of_pairs = arrays
+    if not isinstance(arrays.mask, Mask):
+        arrays = arrays._replace(mask=None)
+    bound = bind_options(arrays._replace(bias=None), options, query, key)
+    scores = _with_pairs(bound.scores, of_pairs, options, query, key, ring.size)
     q, k, v = (heads_first(x) for x in (_varying(query, ring), key, value))
-    first = Layout.HEADS_FIRST
+    blocks, kernel = tiles(
+        options, _part(query, 1, ring), _part(key, 1, ring), scores.mask is not None
+    )
     plan = plan_floats(
-        *(jax.ShapeDtypeStruct(_swapped(x.shape), x.dtype) for x in (query_part, key_part)),
+        _part(q, 2, ring),
+        _part(k, 2, ring),
         blocks,
-        first,
+        Layout.HEADS_FIRST,
         options.machine,
         options.dropout_rate,
         options.broadcast_dropout,
         kernel,
         options.lse or bound.sinks is not None,
     )
-    plan = dataclasses.replace(plan, ring=ring)
-    if bound.sinks is not None:
-        plan = dataclasses.replace(plan, dtype=accumulator(query.dtype))
+    dtype = query.dtype if bound.sinks is None else accumulator(query.dtype)
+    plan = dataclasses.replace(plan, dtype=np.dtype(dtype), ring=ring)
     out, lse = attention(Operands(q, k, v, scores, None, bound.dropout_key), plan)
-    if bound.sinks is not None:
-        assert lse is not None
+    if bound.sinks is not None and lse is not None:
         out, lse = _with_sinks(out, lse, bound.sinks)
     return jnp.swapaxes(out.astype(query.dtype), 1, 2), lse if options.lse else None
 
 
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[0], shape[2], shape[1], shape[3]
+def _part(x: Array, axis: int, ring: Ring) -> jax.ShapeDtypeStruct:
+    """The shape of a contiguous part of x, whose positions are that axis."""
+    shape = list(x.shape)
+    shape[axis] //= ring.parts
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 def _varying(x: Array, ring: Ring) -> Array:
@@ -261,22 +168,16 @@ def _varying(x: Array, ring: Ring) -> Array:
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def _without_scores(arrays: Arrays) -> Arrays:
-    """arrays without those of single pairs."""
-    mask = arrays.mask if isinstance(arrays.mask, Mask) else None
-    return arrays._replace(bias=None, mask=mask)
-
-
-def _with_scores(
+def _with_pairs(
     scores: Scores, arrays: Arrays, options: Options, query: Array, key: Array, devices: int
 ) -> Scores:
-    """scores with the arrays of single pairs: of this device's keys, or of those of all."""
+    """scores with bias and mask by pairs: of this device's keys, or of those of all devices."""
     (B, T, N, _), S = query.shape, key.shape[1]
 
     def bound(name: str, x: Any, spelled: str, kind: type) -> Array:
-        shape = np.shape(x)
-        wide = S * devices if shape and shape[-1] == S * devices else S
-        return bind_scores(name, x, spelled, kind, Sizes(B, N, T, wide, options.batched))
+        of_all = np.shape(x)[-1:] == (S * devices,)
+        sizes = Sizes(B, N, T, S * devices if of_all else S, options.batched)
+        return bind_scores(name, x, spelled, kind, sizes)
 
     if arrays.bias is not None:
         scores = scores._replace(bias=bound("bias", arrays.bias, "floats", jnp.floating))

@@ -56,7 +56,9 @@ def devices(cores: int, count: int) -> str:
         >>> devices(16, 1)
         '1 for 16 cores: flash_jax.core_mesh() makes one per core'
     """
-    one_each = "" if count >= cores else f" for {cores} cores: flash_jax.core_mesh() makes one per core"
+    one_each = (
+        "" if count >= cores else f" for {cores} cores: flash_jax.core_mesh() makes one per core"
+    )
     return f"{count}{one_each}"
 
 

@@ -26,7 +26,7 @@ from jax import numpy as jnp
 
 from . import online_softmax as online
 from .backward import backward
-from .forward import Results, forward, forward_shapes
+from .forward import Results, forward
 from .gradients import gradient_shapes
 from .operands import Differentiable, Dimensions, Operands, varying_as
 from .plan import Plan, Ring
@@ -153,8 +153,8 @@ def _over_rounds(
         own = zip(leaves, travels, strict=True)
         return jax.tree.unflatten(tree, [next(taken) if moves else x for x, moves in own])
 
-    hops = np.diff(ring.rounds, prepend=0)
-    kinds = sorted({*map(int, hops)})
+    hops = [int(x) for x in np.diff(ring.rounds, prepend=0)]
+    kinds = sorted({*hops})
     which = np.array([kinds.index(hop) for hop in hops], np.int32)
     rounds = np.array(ring.rounds, np.int32)
 

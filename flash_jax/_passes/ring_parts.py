@@ -18,11 +18,14 @@ from jax import numpy as jnp
 from .._masks.schedule import SKIPPED, status
 from .._tiles.tile import Axis, QueryTile
 from .dropout import moved_key
-from .operands import Differentiable, Dimensions, Operands
+from .operands import Dimensions, Operands
 from .plan import Plan, Ring
 
 # Of the differentiable operands, all of them with heads before positions.
-AXES = Differentiable("BNTH", "BKSH", "BKSH", "B", "B", "BN", "BNTS", "BN")._asdict()
+AXES = {
+    **{"q": "BNTH", "k": "BKSH", "v": "BKSH", "scale": "B", "soft_cap": "B"},
+    **{"alibi_slopes": "BN", "bias": "BNTS"},
+}
 
 
 def mapped(operands: Operands, function: Callable[[Array, str], Any]) -> Operands:
@@ -129,10 +132,10 @@ def some_pair(operands: Operands, plan: Plan) -> Array:
             instances=dims.instances,
             element=instance % np.int32(plan.elements),
             elements=plan.elements,
-            head=np.int32(0),
+            head=jnp.int32(0),
             heads=dims.K,
             groups=dims.N // dims.K,
-            i=np.int32(0),
+            i=jnp.int32(0),
         )
         return status(scores.mask, tile)[0] != SKIPPED
 

@@ -32,7 +32,7 @@ def test_memory_is_a_share_work_is_even_and_windows_skip_rounds():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_rounds_that_are_left_out_are_those_that_no_device_needs(parts, rng):
-    for _ in range(200):
+    for _ in range(60):
         n, T, S = int(rng.integers(1, 6)), *(int(x) for x in parts * rng.integers(1, 5, 2))
         left, right = (None if x == 9 else int(x) for x in rng.integers(0, 10, 2))
         causal, offset = bool(rng.integers(2)), int(rng.integers(-20, 20))
@@ -73,9 +73,19 @@ def ring(x, *, inside=True, **options):
     [
         (7, {}, ValueError, "query must have an even number of positions .* it has 7"),
         (8, {"layout": "striped"}, ValueError, "layout must be 'zigzag' or 'contiguous'"),
-        (8, {"axis_name": "x"}, ValueError, "axis_name must be an axis .* here they are seq; .*'x'"),
+        (
+            8,
+            {"axis_name": "x"},
+            ValueError,
+            "axis_name must be an axis .* here they are seq; .*'x'",
+        ),
         (8, {"inside": False}, ValueError, "axis_name must be an axis .* here is none"),
-        (8, {"axis_name": 0}, TypeError, "axis_name must be a mesh axis, or a tuple of them; it is 0"),
+        (
+            8,
+            {"axis_name": 0},
+            TypeError,
+            "axis_name must be a mesh axis, or a tuple of them; it is 0",
+        ),
         (8, {"is_causal": 1}, TypeError, "is_causal must be a bool"),
         (8, {"bias": np.ones((8, 3), np.float32)}, ValueError, "bias must broadcast"),
         (8, {"mask": np.ones((3, 8), bool)}, ValueError, "mask must broadcast"),
