@@ -16,7 +16,7 @@ from .._version import __version__
 from . import demo, demo_view, info
 from .bench import report
 from .bench.available import available
-from .bench.cases import CASES, DTYPES, LENGTHS, in_dtypes, of_length
+from .bench.cases import CASES, DTYPES, LENGTHS, in_dtypes, of_length, over_devices
 from .bench.measure import compare
 from .bench.processes import WorkerError
 from .inputs import InputError, check_plot, check_writable
@@ -55,7 +55,7 @@ def run_info(args: argparse.Namespace, screen: Screen) -> None:
     """Shows versions, the processor and the tiles chosen for it."""
     screen.table("Versions", info.versions())
     screen.line()
-    screen.table("Processor", info.hardware())
+    screen.table("Processor", [*info.hardware(), *info.devices_of_jax()])
     screen.line()
     screen.line(info.VECTOR_HINT)
     screen.line()
@@ -77,9 +77,13 @@ def run_bench(args: argparse.Namespace, screen: Screen) -> int:
     subjects, versions = available(args.torch_python)
     measured_on = report.environment(versions)
     screen.table("Measured on", list(measured_on.items()))
-    chosen = [x for name in args.cases or CASES for x in in_dtypes(CASES[name], args.dtype)]
+    chosen = [
+        over_devices(x, args.devices)
+        for name in args.cases or CASES
+        for x in in_dtypes(CASES[name], args.dtype)
+    ]
     lengths = LENGTHS if args.plot is not None else ()
-    curve = [in_dtypes(of_length(T), args.dtype)[0] for T in lengths]
+    curve = [over_devices(in_dtypes(of_length(T), args.dtype)[0], args.devices) for T in lengths]
     comparisons = []
     for i, case in enumerate([*chosen, *curve], 1):
         with screen.step(f"{case.name} ({i} of {len(chosen) + len(curve)})"):
@@ -211,6 +215,14 @@ def _add_bench(commands: Any) -> None:
         choices=[*DTYPES, "both"],
         default="float32",
         help="of query, key and value; a bfloat16 case is called CASE-bf16 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--devices",
+        metavar="N",
+        type=integer(1),
+        default=1,
+        help="CPU devices that JAX's libraries divide the batch over, or the heads where it does "
+        "not divide; a case that neither divides runs on one (default: %(default)s)",
     )
     command.add_argument(
         "--torch-python",

@@ -31,8 +31,7 @@ def hardware() -> Rows:
     """Lists what the choice of tiles knows of the processor."""
     return [
         ("processor", processor()),
-        *caches(machine()._replace(cores=cores_here())),
-        ("CPU devices", devices(cores_here(), len(jax.local_devices(backend="cpu")))),
+        *caches(machine()),
         ("vector width", vector_width(os.environ.get("XLA_FLAGS", ""))),
         ("tuned tiles", f"{len(stored())} in {path()}"),
     ]
@@ -47,6 +46,11 @@ def caches(found: Machine) -> Rows:
         ("L2 cache, per core", _kib(found.l2) + source),
         ("L3 cache", (_kib(found.l3) if found.l3 else "none") + source),
     ]
+
+
+def devices_of_jax() -> Rows:
+    """Lists the CPU devices that JAX makes here, which it makes now."""
+    return [("CPU devices", devices(cores_here(), len(jax.local_devices(backend="cpu"))))]
 
 
 def devices(cores: int, count: int) -> str:

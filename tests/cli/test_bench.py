@@ -19,7 +19,7 @@ from unoptimized import UNOPTIMIZED
 from flash_jax.__main__ import main
 from flash_jax._cli import commands
 from flash_jax._cli.bench import available, exact, measure, processes, report
-from flash_jax._cli.bench.cases import CASES, Case, in_dtypes
+from flash_jax._cli.bench.cases import CASES, Case, in_dtypes, over_devices
 from flash_jax._cli.bench.exact import exact_rows, random_inputs
 from flash_jax._cli.bench.processes import Worker, WorkerError
 from flash_jax._cli.bench.subjects import MACHINE, OURS, OURS_INT8, SUBJECTS, TORCH, Entry, versions
@@ -163,6 +163,28 @@ def test_a_subject_gives_the_exact_results_of_a_case(name, case, monkeypatch):
 )
 def test_subjects_know_what_they_can_do(name, cases):
     assert [x for x, case in SMALL.items() if SUBJECTS[name].can(case)] == cases
+
+
+def test_devices_divide_the_batch_or_the_heads():
+    divided = {name: over_devices(case, 2).divided for name, case in SMALL.items()}
+    assert divided == dict.fromkeys(SMALL, "B") | dict.fromkeys(("causal", "window"), "K") | (
+        dict.fromkeys(("packed", "train", "bf16"), "K")
+    )
+    assert over_devices(SMALL["gqa"], 3) == SMALL["gqa"]  # neither is a multiple
+    titles = [report.title(over_devices(SMALL[name], 2)) for name in ("full", "causal", "full")]
+    assert titles[0].endswith(", float32, the batch over 2 devices")
+    assert titles[1].endswith(", float32, heads over 2 devices")
+    assert report.title(SMALL["full"]).endswith(", float32")
+
+
+@pytest.mark.parametrize("name", [OURS, "jax.nn"])
+def test_divided_work_gives_the_exact_results(name, tmp_path):
+    case, file = over_devices(SMALL["train"], 2), tmp_path / "results.npy"
+    with contextlib.closing(Worker(SUBJECTS[name], tmp_path / "log")) as worker:
+        worker.build(SUBJECTS[name], case, file)
+        assert worker.round()
+    exact_ = exact_rows(case, exact.checked_rows(case), random_inputs(case))
+    np.testing.assert_allclose(np.load(file), exact_, atol=SUBJECTS[name].tolerance(case))
 
 
 def test_ratios_are_medians_of_ratios_within_rounds():

@@ -43,7 +43,7 @@ def check_memory():
     T = 2**18
     programs = {at: compiled(*at, gradient) for at in ((2, T), (4, T), (4, 2 * T))}
     temporary = {at: x.memory_analysis().temp_size_in_bytes for at, x in programs.items()}
-    assert temporary[4, T] < 0.55 * temporary[2, T], temporary
+    assert temporary[4, T] < 0.6 * temporary[2, T], temporary
     assert temporary[4, 2 * T] < 1.01 * temporary[2, T], temporary
     text = programs[4, T].as_text()
     assert not re.search(r"all-(gather|to-all|reduce)", text)

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     gradient: bool = False  # whether forward and backward are timed together
     keys: int | None = None  # None means as many as queries
     dtype: str = "float32"
+    devices: int = 1  # that libraries of JAX divide the work over
 
     @property
     def S(self) -> int:  # noqa: N802
@@ -74,6 +75,11 @@ class Case(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return 2 * self.B * self.S * self.K * self.H * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def divided(self) -> str | None:
+        """The axis that the devices divide, B or heads, K; None where they divide neither."""
+        return next((axis for axis in "BK" if getattr(self, axis) % self.devices == 0), None)
 
     @property
     def shape(self) -> str:
@@ -122,6 +128,17 @@ def of_length(T: int) -> Case:
 def twin(case: Case) -> Case:
     """Makes the same case on bfloat16."""
     return case._replace(name=f"{case.name}-bf16", dtype="bfloat16")
+
+
+def over_devices(case: Case, count: int) -> Case:
+    """Makes the same case with its work divided over devices, as far as an axis divides.
+
+    Example:
+        >>> over_devices(CASES["train-128"], 2).divided
+        'B'
+    """
+    divided = case._replace(devices=count)
+    return case if divided.divided is None else divided
 
 
 def in_dtypes(case: Case, choice: str) -> list[Case]:

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._api.attention import flash_attention
 from ..._api.attention_int8 import flash_attention_int8
+from ..._api.core_mesh import core_mesh
 from .cases import Case
 from .subjects import MATMUL, Subject
 
@@ -43,6 +45,13 @@ def best_of_machine(case: Case, inputs: list[np.ndarray]) -> Subject:
     return Subject(lambda: function(x).block_until_ready(), lambda: [])
 
 
+def _divided(case: Case) -> Callable[[np.ndarray], Array]:
+    """Puts (B, positions, heads, size) on the devices; ``jit`` then divides the work."""
+    mesh = core_mesh(case.devices, axis_name="devices")
+    axes = ("devices",) if case.divided == "B" else (None, None, "devices")
+    return functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(*axes)))
+
+
 def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarray]) -> Subject:
     """Compiles attention, or with a gradient also its backward pass at a cotangent."""
     call = functools.partial(attention, is_causal=case.is_causal, **case.options)
@@ -53,7 +62,8 @@ def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarr
         output, pull = jax.vjp(call, q, k, v)
         return output, *pull(*cotangent)
 
-    arrays = [jnp.asarray(x, case.dtype) for x in inputs]
+    place = _divided(case) if case.devices > 1 else jax.device_put
+    arrays = [place(x.astype(jnp.dtype(case.dtype))) for x in inputs]
     start = time.perf_counter()
     compiled = jax.jit(run).lower(*arrays).compile()
     seconds = time.perf_counter() - start

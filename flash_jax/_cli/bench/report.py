@@ -58,7 +58,9 @@ def environment(peers: Mapping[str, str]) -> dict[str, str]:
 
 def title(case: Case) -> str:
     """Writes the title of a case's table."""
-    return f"{case.name}: {case.why}; {case.shape}, {case.dtype}"
+    axes = {"B": "the batch", "K": "heads"}
+    over = "" if case.devices == 1 else f", {axes[case.divided or 'B']} over {case.devices} devices"
+    return f"{case.name}: {case.why}; {case.shape}, {case.dtype}{over}"
 
 
 def rows(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -105,6 +107,7 @@ def as_json(comparisons: Sequence[Comparison], measured_on: Mapping[str, str]) -
                     "shape": x.case.shape,
                     "dtype": x.case.dtype,
                     "cores": machine().cores,
+                    "devices": x.case.devices,
                     "bound_by_memory": x.case.bound_by_memory,
                     "best": float(np.median(x.best)),
                     "subjects": {name: _entry(x, name) for name in x.results},
