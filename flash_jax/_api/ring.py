@@ -86,8 +86,7 @@ def ring_attention(*args: Any, **kwargs: Any) -> Array:
             time, rounds whose keys no device needs are left out, and nothing is sent in them.
         dropout_rng: as in ``flash_attention``: the same probabilities are dropped as there, by the
             positions t and s in the whole sequences.
-        scale, is_causal, query_offset, logits_soft_cap, sinks, alibi_slopes, dropout_rate,
-            broadcast_dropout, block_sizes: as in ``flash_attention``.
+        scale: as in ``flash_attention``, and so are all that are not named here.
 
     Returns:
         (B, T, N, Hv), dtype of query: the rows of this device's queries.

@@ -5,15 +5,16 @@ It prints nothing but "passed"; run by ``test_ring.py``.
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from unoptimized import UNOPTIMIZED
+from unoptimized import UNOPTIMIZED, run
 
-from flash_jax import ring_attention
+from flash_jax import flash_attention, ring_attention
 from flash_jax._passes.plan import Ring
 from flash_jax._passes.ring_parts import Part
 
@@ -85,8 +86,24 @@ def check_work():
     assert counts.sum() == (n * T) * (n * T + 1) // 2
 
 
+def check_heads_instead():
+    """What the page on many devices gives for as many heads as devices is the undivided call."""
+    page = Path(__file__).parents[2] / "docs" / "many_devices.md"
+    code = page.read_text().split("def by_heads")[1].split("```")[0]
+    names = {"jax": jax, "flash_attention": flash_attention}
+    exec("def by_heads" + code, names)
+    mesh = jax.make_mesh((4,), ("cores",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(None, "cores")
+    call = jax.shard_map(names["by_heads"], mesh=mesh, in_specs=spec, out_specs=spec)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 20, heads, 3)).astype(np.float32) for heads in (8, 4, 4))
+    expected = flash_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(run(call, q, k, v), expected, rtol=0, atol=1e-5)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 4
+    check_heads_instead()
     check_work()
     check_windows()
     check_memory()
