@@ -18,6 +18,7 @@ from .._tiles.layout import Layout
 from .._tiles.load import heads_first
 from .batch_axis import with_batch_axis
 from .options import Arrays, Options, bind_options, check_options
+from .part import PartOf
 from .plan import plan_floats
 from .signature import same_arguments
 
@@ -181,6 +182,7 @@ def _attend(
         options.broadcast_dropout,
         bound.kernel,
         options.lse,
+        PartOf(options.machine, query.dtype, query.shape[-1], options.blocks, bound.problem),
     )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)

@@ -24,6 +24,7 @@ from .._tiles.layout import Layout
 from .attention import attention_of_floats
 from .batch_axis import with_batch_axis
 from .options import Arrays, Options, bind_options, check_options
+from .part import PartOf
 from .plan import plan_int8
 from .signature import same_arguments
 
@@ -222,6 +223,7 @@ def _in_integers(
         options.probabilities,
         bound.kernel,
         options.lse,
+        PartOf(options.machine, q.dtype, q.shape[-1], options.blocks, bound.problem),
     )
     out, lse = attention(operands, plan)
     if later is not None and lse is not None:

@@ -26,6 +26,7 @@ from .._passes.primitives import attention
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
 from .config import FlashAttentionConfig
+from .part import PartOf
 from .plan import plan_floats, plan_int8
 
 
@@ -205,7 +206,14 @@ def _attention(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, 
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
     blocks = config.block_sizes
     plan = plan_floats(
-        operands.q, operands.k, blocks, Layout.HEADS_FIRST, here, kernel=blocks, lse=False
+        operands.q,
+        operands.k,
+        blocks,
+        Layout.HEADS_FIRST,
+        here,
+        kernel=blocks,
+        lse=False,
+        part=PartOf(here, q.dtype, q.shape[-1], blocks),
     )
     out, _ = attention(operands, plan)
     return out[0]
@@ -262,6 +270,7 @@ def _in_integers(
         probabilities,
         config.block_sizes,
         lse=False,
+        part=PartOf(here, operands.q.dtype, q.shape[-1], config.block_sizes),
     )
     return attention(operands, plan)[0][0]
 

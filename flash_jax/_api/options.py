@@ -135,6 +135,7 @@ class Bound(NamedTuple):
     dropout_key: Array | None  # (B or 1, 2)
     blocks: BlockSizes  # of the exact loop
     kernel: BlockSizes  # of the kernels, where there are any
+    problem: Problem  # what tiles depend on
 
 
 def check_options(
@@ -168,10 +169,10 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
     blocks = kernel = options.blocks
+    problem = options.problem(query, key, scores.mask is not None)
     if blocks is None or kernel is None:
-        problem = options.problem(query, key, scores.mask is not None)
         blocks, kernel = best_blocks(problem), best_blocks(problem, kernel_blocks)
-    return Bound(scores, arrays.sinks, dropout_key, blocks, kernel)
+    return Bound(scores, arrays.sinks, dropout_key, blocks, kernel, problem)
 
 
 def one_mask(bound: Arrays, options: Options) -> Mask | None:

@@ -85,6 +85,17 @@ class Mask:
         padded |= {name: getattr(self, name).padded(missing) for name in self.masks}
         return dataclasses.replace(self, **padded)  # pyright: ignore[reportArgumentType]
 
+    def array_axes(self) -> list[str]:
+        """The axes of the bound mask's arrays, such as "BT", in the order of its leaves."""
+        axes = []
+        for name in (field.name for field in dataclasses.fields(self)):  # pyright: ignore
+            x = getattr(self, name)
+            if name in self.masks:
+                axes += x.array_axes()
+            elif name in self.arrays and x is not None:
+                axes.append("B" + self.arrays[name])
+        return axes
+
     def keep(self, tile: QueryTile, j: Array) -> Array:
         """Whether the pairs of key tile j are kept: bool, broadcastable to ``tile.shape()``."""
         raise NotImplementedError

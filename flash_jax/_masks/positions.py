@@ -195,7 +195,7 @@ class PredicateMask(Mask):
             raise TypeError(f"fn of PredicateMask must be a function; it is {self.fn!r}")
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        kept = self.fn(tile.element, tile.n, tile.t, tile.s(j))
+        kept = self.fn(tile.element_index, tile.n, tile.t, tile.s(j))
         kind = "bool" if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
         if kind != np.bool_:
             raise TypeError(f"fn of PredicateMask must return bool; it returned {kind}")

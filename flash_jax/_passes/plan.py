@@ -6,7 +6,7 @@ A plan is hashable: it is part of what JAX's caches compare.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,14 @@ KERNEL_SCORES = 2**26
 KERNEL_NUMBERS = 2**21
 # Of the two tiles of scores that a step of the backward pass stores.
 BACKWARD_BYTES = 2**23
+
+
+class Part(Protocol):
+    """Makes plans of parts of a call. It is hashable: it is part of the plan."""
+
+    def __call__(self, plan: Plan, *, B: int, N: int, K: int, T: int, S: int) -> Plan:
+        """The plan of a part of these sizes; keys and values lie as in ``plan``."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Plan:
             then is the fastest way.
         dropout_rate: in [0, 1).
         broadcast_dropout: all heads drop the same.
+        part: makes the plan of what one device of a mesh has of a call; None: it has this one.
     """
 
     blocks: BlockSizes
@@ -61,6 +70,13 @@ class Plan:
     fused: bool = False
     dropout_rate: float = 0.0
     broadcast_dropout: bool = False
+    part: Part | None = None
+
+    def of_part(self, **sizes: int) -> Plan:
+        """The plan of a part of the call, of sizes B, N, K, T and S."""
+        if self.part is None:
+            return dataclasses.replace(self, elements=sizes["B"])
+        return self.part(self, **sizes)
 
     @property
     def of_kernels(self) -> Plan:
