@@ -114,7 +114,7 @@ def _rule(axes: Axes) -> SdyShardingRule:
     def factor(c: str) -> Any:
         if c != ".":
             return factors["N" if c == "K" == N else c]
-        undivided.append(f"_{len(undivided)}")
+        undivided.append(f"alone{len(undivided)}")
         return undivided[-1]
 
     leaves, results = (tuple(map(mapping, x)) for x in ([*axes.leaves, ""], axes.results))
