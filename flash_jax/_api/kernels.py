@@ -26,6 +26,7 @@ from .._passes.primitives import attention
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
 from .config import FlashAttentionConfig
+from .explicit_axes import on_auto_axes
 from .part import PartOf
 from .plan import plan_floats, plan_int8
 
@@ -203,6 +204,10 @@ def _check_config(config: FlashAttentionConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attention(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
+    return on_auto_axes(functools.partial(_attend, config, here), "NT.", "NT.", q, k, v)
+
+
+def _attend(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
     blocks = config.block_sizes
     plan = plan_floats(
@@ -235,7 +240,8 @@ def _attention_int8(
     *integers, q_scale, k_scale, v_scale = arrays
     scales = (jnp.asarray(x).astype(np.float32) for x in (q_scale, k_scale, v_scale))
     static = config, here, probabilities
-    return straight_through(static, _in_integers, _at_integers, *integers, *scales)
+    attend = functools.partial(straight_through, static, _in_integers, _at_integers)
+    return on_auto_axes(attend, "NT.", "NT.", *integers, *scales)
 
 
 def _in_integers(
