@@ -14,8 +14,8 @@ from .._checks.shapes import as_floats, check_qkv
 from .._masks.base import Mask
 from .._passes.operands import Operands
 from .._passes.primitives import attention
+from .._tiles.heads_first import heads_first
 from .._tiles.layout import Layout
-from .._tiles.load import heads_first
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
 from .options import Arrays, Options, bind_options, check_options
