@@ -35,22 +35,29 @@ from jax.experimental.custom_partitioning import (
     custom_partitioning,
 )
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from .._tiles.jax_versions import module_mesh, no_mesh, on_mesh
+from .._tiles.jax_versions import functions_have_no_key, module_mesh, no_mesh, on_mesh
 from .axes import Axes, axes_of
 from .device import on_a_device
 from .division import divide
 
 
-def lowering(name: str, run: Callable[..., list[Array]]) -> Callable[..., Any]:
+def lowering(
+    name: str, run: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
+) -> Callable[..., Any]:
     """The rule that compiles a primitive: ``run``, divided where there are several devices.
 
     Not in an exported program, nor in a ``shard_map``, which has divided the arrays already.
+
+    Args:
+        name: of the primitive, without its prefix.
+        run: what it does on one device.
+        shapes: the shapes and dtypes of its results.
     """
 
     def divided(*leaves: Array, **static: Any) -> list[Array]:
-        return _divided(name, run, leaves, static)
+        return _divided(name, run, shapes(*leaves, **static), leaves, static)
 
     alone, together = (mlir.lower_fun(f, multiple_results=True) for f in (run, divided))
 
@@ -64,35 +71,39 @@ def lowering(name: str, run: Callable[..., list[Array]]) -> Callable[..., Any]:
 
 
 def _divided(
-    name: str, run: Callable[..., list[Array]], leaves: Sequence[Array], static: dict[str, Any]
+    name: str,
+    run: Callable[..., list[Array]],
+    results: Sequence[Any],
+    leaves: Sequence[Array],
+    static: dict[str, Any],
 ) -> list[Array]:
-    whole = jax.make_jaxpr(functools.partial(run, **static))(*leaves)
-    axes = axes_of(name, leaves, whole.out_avals, static)
+    axes = axes_of(name, leaves, results, static)
+    # Behind the leaves, what has no axes.
+    more = [_fingerprint(run, leaves, static)] if functions_have_no_key() else []
 
     def partition(mesh: Any, args: Any, results: Any) -> Any:
         division = divide(mesh, axes, args, results)
         sharding = lambda names: NamedSharding(mesh, division.spec(names))  # noqa: E731
-        of_leaves = (*map(sharding, axes.leaves), NamedSharding(mesh, PartitionSpec()))
-        of_results = [*map(sharding, axes.results)]
+        of_leaves = tuple(map(sharding, [*axes.leaves, *("" for _ in more)]))
 
-        def on_device(*leaves: Array) -> list[Array]:
+        def on_device(*own: Array) -> list[Array]:
             with no_mesh():
-                return on_a_device(name, run, leaves[:-1], static, axes, division)
+                return on_a_device(name, run, own[: len(leaves)], static, axes, division)
 
-        return mesh, on_device, of_results, of_leaves
+        return mesh, on_device, [*map(sharding, axes.results)], of_leaves
 
     # It tells the shapes only, for constants that are arrays are refused.
-    shapes = custom_partitioning(lambda *_: [jnp.zeros(x.shape, x.dtype) for x in whole.out_avals])
-    shapes.def_partition(partition=partition, sharding_rule=lambda *_: _rule(axes))
-    return shapes(*leaves, _fingerprint(whole, static))
+    call = custom_partitioning(lambda *_: [jnp.zeros(x.shape, x.dtype) for x in results])
+    rule = _rule(axes._replace(leaves=[*axes.leaves, *("" for _ in more)]))
+    call.def_partition(partition=partition, sharding_rule=lambda *_: rule)
+    return call(*leaves, *more)
 
 
-def _fingerprint(whole: Any, static: dict[str, Any]) -> Array:
-    """A number by which the programs of functions differ that share shapes.
-
-    Of such an operation a compiled program's key in JAX's cache has an address, or nothing at all
-    (``jax_remove_custom_partitioning_ptr_from_cache_key``).
-    """
+def _fingerprint(
+    run: Callable[..., list[Array]], leaves: Sequence[Array], static: dict[str, Any]
+) -> Array:
+    """A number that differs between programs which differ in more than their shapes."""
+    whole = jax.make_jaxpr(functools.partial(run, **static))(*leaves)
     text = re.sub(" at 0x[0-9a-f]+", "", f"{whole.jaxpr} {static['plan']}").encode()
     for x in whole.consts:
         text += np.asarray(x).tobytes()
@@ -117,7 +128,7 @@ def _rule(axes: Axes) -> SdyShardingRule:
         undivided.append(f"alone{len(undivided)}")
         return undivided[-1]
 
-    leaves, results = (tuple(map(mapping, x)) for x in ([*axes.leaves, ""], axes.results))
+    leaves, results = (tuple(map(mapping, x)) for x in (axes.leaves, axes.results))
     # Shardy wants them in the order in which factors appear.
     return SdyShardingRule(
         leaves,

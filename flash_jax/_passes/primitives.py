@@ -136,7 +136,7 @@ def _with_rules(
     def _(*leaves: Any, **static: Any) -> list[Any]:
         return [like(leaves[0], x) for x in shapes(*leaves, **static)]
 
-    mlir.register_lowering(primitive, lowering(name, run))
+    mlir.register_lowering(primitive, lowering(name, run, shapes))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     jet.jet_rules[primitive] = no_taylor_series
     report_nan(primitive)

@@ -91,6 +91,15 @@ def on_mesh(ctx: Any, mesh: AbstractMesh) -> Any:
     return ctx.replace(module_context=module.replace(axis_context=axis_context))
 
 
+def functions_have_no_key() -> bool:
+    """Whether functions that are divided by ``custom_partitioning`` are alike to JAX's cache.
+
+    Their key in it is an address, which a setting leaves out: so that a program is found there by
+    other processes, too.
+    """
+    return getattr(jax.config, "jax_remove_custom_partitioning_ptr_from_cache_key", False)
+
+
 def no_mesh() -> Any:
     """A context in which no mesh is set: code of one device is traced as without ``set_mesh``."""
     return use_abstract_mesh(AbstractMesh((), ()))
