@@ -97,7 +97,7 @@ class Case(NamedTuple):
     of: str = "derivatives"
     kind: AxisType = AxisType.Auto
     K: int = 4
-    mapped: str | None | bool = False
+    mapped: str | bool | None = False
     gathers: bool = False
     reduced: int | None = None
     sizes: Mapping[str, int] = types.MappingProxyType({})
@@ -108,11 +108,12 @@ def cases():
     both, across = APART["batch and heads"], APART["queries and keys"]
     return [
         *(Case("everything", cuts) for cuts in APART.values()),
-        Case("everything", {"N": "x"}, K=2),
+        Case("everything", {"N": "x"}, K=2, gathers=True),  # what two devices have of a gradient
+        Case("plain", {"N": "x"}, "forward", K=2, reduced=0),
         Case("everything", {"N": "x"}, K=1),
         Case("everything", {"T": "x", "S": "x"}, gathers=True),
         *(Case("everything", cuts, **explicit) for cuts in (both, across)),
-        Case("everything", {"N": "x"}, K=2, **explicit),
+        Case("plain", {"N": "x"}, "forward", K=2, reduced=0, **explicit),
         *(Case("plain", cuts, "forward", reduced=0) for cuts in list(APART.values())[:3]),
         *(
             Case("plain", APART[name], "forward", reduced=3)
@@ -133,7 +134,9 @@ def cases():
 
 
 def spec(axes, cuts):
-    return PartitionSpec(*(cuts.get(axis) for axis in axes))
+    """The sharding of an array: what cuts two of its axes cuts the first."""
+    names = [cuts.get(axis) for axis in axes]
+    return PartitionSpec(*(x if x not in names[:i] else None for i, x in enumerate(names)))
 
 
 def function_of(case: Case) -> Callable[..., Any]:
