@@ -19,6 +19,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .jax_versions import like, module_mesh, on_mesh
+from .xla import apart
 
 _MOST_STACKED = 8  # heads copied one by one: the time to compile a stack grows with its length
 
@@ -39,9 +40,9 @@ def _copied(x: Array) -> Array:
     """x (..., S, K, H) as (..., K, S, H)."""
     heads = x.shape[-2]
     if heads not in range(2, _MOST_STACKED + 1):
-        return jnp.swapaxes(x, -3, -2)
-    parts = [lax.index_in_dim(x, n, -2, keepdims=False) for n in range(heads)]
-    return jnp.stack(parts, axis=-3)
+        return apart(jnp.swapaxes(x, -3, -2))
+    each = [lax.index_in_dim(x, n, -2, keepdims=False) for n in range(heads)]
+    return apart(jnp.stack(each, axis=-3))
 
 
 @custom_partitioning

@@ -45,4 +45,6 @@ def put_tile(
 ) -> Array:
     """x with tile (entries, heads, size, H) written from entry, head and start on."""
     tile = jnp.moveaxis(tile, 2, layout.value)
+    if tile.shape == x.shape:
+        return apart(tile) if layout is Layout.HEADS_LAST else tile
     return lax.dynamic_update_slice(x, tile, layout.axes(entry, head, start, _ZERO))
