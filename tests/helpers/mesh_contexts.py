@@ -163,7 +163,7 @@ CHECKS = (
 )
 
 
-def check_all():
+def checks():
     """The checks by name; each raises where it fails."""
     expected = np.asarray(attend(*arrays()))
     for check in CHECKS:

@@ -133,6 +133,12 @@ def cases():
     ]
 
 
+def checks():
+    for case in cases():
+        yield str(case), functools.partial(check, case)
+    yield "memory", check_memory
+
+
 def spec(axes, cuts):
     """The sharding of an array: what cuts two of its axes cuts the first."""
     names = [cuts.get(axis) for axis in axes]
@@ -231,3 +237,26 @@ def compare(found, expected):
         y, right = (np.where(np.isfinite(x), x, 0) for x in (y, right))
         size = max(1.0, np.max(np.abs(right), initial=0))
         np.testing.assert_allclose(y, right, rtol=0, atol=2e-5 * size)
+
+
+def check_memory():
+    """A device's temporaries are its part of those of the whole call."""
+    sizes = {"B": 4, "T": 2**15, "S": 2**15, "N": 4, "K": 4, "H": 64}
+    whole = temporary_bytes(sizes, {})
+    for cuts in APART["batch"], APART["heads"]:
+        assert temporary_bytes(sizes, cuts) <= whole / 4, cuts
+
+
+def temporary_bytes(sizes, cuts):
+    """Of gradients of a causal call on each device, as XLA plans them."""
+    path, mesh = Path(model(is_causal=True)), mesh_of(AxisType.Auto, {"B": "x"})
+
+    def shape(axes):
+        sharding = NamedSharding(mesh, spec(axes, cuts)) if cuts else None
+        shape = tuple(sizes[c] for c in axes)
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+
+    arrays = {name: shape(axes) for name, axes in path.all_axes.items()}
+    gradient = functools.partial(_gradient, path)
+    lowered = jax.jit(gradient).lower(arrays, tuple(map(shape, OUT)))
+    return lowered.compile(UNOPTIMIZED).memory_analysis().temp_size_in_bytes
