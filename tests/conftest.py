@@ -44,7 +44,7 @@ FLOOR = (
     "test_quantization.py::test_values_are_within_half_a_scale[float32-bricks]",
     "test_short.py::test_decoding_does_not_copy_the_cache",
     "test_short.py::test_few_queries_agree_with_the_oracle[3-1-37-6-3-bfloat16]",
-    "test_sharding.py::test_every_path_under_shard_map[long]",
+    "test_partition.py::test_the_mesh_table[jit]",
     "test_symbolic.py::test_an_exported_call_takes_every_size[Mask",
     "test_transforms.py::test_an_exported_call_takes_masks",
     "test_fronts.py::test_strict_modes_of_jax[model]",
@@ -76,7 +76,7 @@ KINDS = {"floor": FLOOR, "quick": QUICK}
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
     # The longest tests first: else one process waits for them at the end.
-    items.sort(key=lambda item: item.path.name != "test_sharding.py")
+    items.sort(key=lambda item: item.path.name != "test_partition.py")
     unseen, files = {name: set(starts) for name, starts in KINDS.items()}, set()
     for item in items:
         name = item.path.name + item.nodeid[item.nodeid.find("::") :]

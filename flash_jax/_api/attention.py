@@ -14,10 +14,12 @@ from .._checks.shapes import as_floats, check_qkv
 from .._masks.base import Mask
 from .._passes.operands import Operands
 from .._passes.primitives import attention
+from .._tiles.heads_first import heads_first
 from .._tiles.layout import Layout
-from .._tiles.load import heads_first
 from .batch_axis import with_batch_axis
+from .explicit_axes import model_axes, on_auto_axes
 from .options import Arrays, Options, bind_options, check_options
+from .part import PartOf
 from .plan import plan_floats
 from .signature import same_arguments
 
@@ -164,6 +166,13 @@ def attention_of_floats(
 ) -> tuple[Array, Array | None]:
     """The output, and lse where it is asked for; compiled once per shapes and ``options``."""
     check_qkv(query, key, value)
+    attend = functools.partial(_in_batch, options)
+    return on_auto_axes(attend, *model_axes(query), query, key, value, arrays)
+
+
+def _in_batch(
+    options: Options, query: Array, key: Array, value: Array, arrays: Arrays
+) -> tuple[Array, Array | None]:
     return with_batch_axis(_attend, query, key, value, arrays, options)
 
 
@@ -181,6 +190,7 @@ def _attend(
         options.broadcast_dropout,
         bound.kernel,
         options.lse,
+        PartOf(options.machine, query.dtype, query.shape[-1], options.blocks, bound.problem),
     )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)

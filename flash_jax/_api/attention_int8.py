@@ -23,7 +23,9 @@ from .._passes.primitives import attention
 from .._tiles.layout import Layout
 from .attention import attention_of_floats
 from .batch_axis import with_batch_axis
+from .explicit_axes import model_axes, on_auto_axes
 from .options import Arrays, Options, bind_options, check_options
+from .part import PartOf
 from .plan import plan_int8
 from .signature import same_arguments
 
@@ -176,8 +178,9 @@ def _attention(
     check_qkv(query, key, value)
     _check_scales("key", key)
     _check_scales("value", value, probabilities=options.probabilities)
-    attend = functools.partial(straight_through, (options,), _in_integers, _at_integers)
-    return with_batch_axis(attend, query, key, value, arrays)
+    in_integers = functools.partial(straight_through, (options,), _in_integers, _at_integers)
+    attend = functools.partial(with_batch_axis, in_integers)
+    return on_auto_axes(attend, *model_axes(query), query, key, value, arrays)
 
 
 def _check_scales(name: str, x: Any, probabilities: np.dtype | None = None) -> None:
@@ -222,6 +225,7 @@ def _in_integers(
         options.probabilities,
         bound.kernel,
         options.lse,
+        PartOf(options.machine, q.dtype, q.shape[-1], options.blocks, bound.problem),
     )
     out, lse = attention(operands, plan)
     if later is not None and lse is not None:

@@ -26,6 +26,8 @@ from .._passes.primitives import attention
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
 from .config import FlashAttentionConfig
+from .explicit_axes import on_auto_axes
+from .part import PartOf
 from .plan import plan_floats, plan_int8
 
 
@@ -202,10 +204,21 @@ def _check_config(config: FlashAttentionConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attention(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
+    return on_auto_axes(functools.partial(_attend, config, here), "NT.", "NT.", q, k, v)
+
+
+def _attend(config: FlashAttentionConfig, here: Machine, q: Array, k: Array, v: Array) -> Array:
     operands = Operands(q[None], k[None], v[None], _scores(config, q.dtype))
     blocks = config.block_sizes
     plan = plan_floats(
-        operands.q, operands.k, blocks, Layout.HEADS_FIRST, here, kernel=blocks, lse=False
+        operands.q,
+        operands.k,
+        blocks,
+        Layout.HEADS_FIRST,
+        here,
+        kernel=blocks,
+        lse=False,
+        part=PartOf(here, q.dtype, q.shape[-1], blocks),
     )
     out, _ = attention(operands, plan)
     return out[0]
@@ -227,7 +240,8 @@ def _attention_int8(
     *integers, q_scale, k_scale, v_scale = arrays
     scales = (jnp.asarray(x).astype(np.float32) for x in (q_scale, k_scale, v_scale))
     static = config, here, probabilities
-    return straight_through(static, _in_integers, _at_integers, *integers, *scales)
+    attend = functools.partial(straight_through, static, _in_integers, _at_integers)
+    return on_auto_axes(attend, "NT.", "NT.", *integers, *scales)
 
 
 def _in_integers(
@@ -262,6 +276,7 @@ def _in_integers(
         probabilities,
         config.block_sizes,
         lse=False,
+        part=PartOf(here, operands.q.dtype, q.shape[-1], config.block_sizes),
     )
     return attention(operands, plan)[0][0]
 

@@ -135,6 +135,7 @@ class Bound(NamedTuple):
     dropout_key: Array | None  # (B or 1, 2)
     blocks: BlockSizes  # of the exact loop
     kernel: BlockSizes  # of the kernels, where there are any
+    problem: Problem  # what tiles depend on
 
 
 def check_options(
@@ -167,16 +168,14 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     dropout_key = None
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
-    return Bound(
-        scores, arrays.sinks, dropout_key, *tiles(options, query, key, scores.mask is not None)
-    )
+    problem = options.problem(query, key, scores.mask is not None)
+    return Bound(scores, arrays.sinks, dropout_key, *tiles(options, problem), problem)
 
 
-def tiles(options: Options, query: Any, key: Any, masked: bool) -> tuple[BlockSizes, BlockSizes]:
-    """Tiles of the exact loop and of the kernels, for query (..., T, N, H), key (..., S, K, H)."""
+def tiles(options: Options, problem: Problem) -> tuple[BlockSizes, BlockSizes]:
+    """Tiles of the exact loop and of the kernels, where the caller gives none."""
     if options.blocks is not None:
         return options.blocks, options.blocks
-    problem = options.problem(query, key, masked)
     return best_blocks(problem), best_blocks(problem, kernel_blocks)
 
 

@@ -17,7 +17,7 @@ from .._formats.floats import Floats
 from .._formats.int8 import Int8
 from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
-from .._passes.plan import Plan
+from .._passes.plan import Part, Plan
 from .._passes.walk import heads_per_step
 from .._tiles.layout import Layout
 from .._tiles.symbolic import known
@@ -38,6 +38,8 @@ def plan_floats(
     broadcast_dropout: bool = False,
     kernel: BlockSizes | None = None,
     lse: bool = True,
+    part: Part | None = None,
+    kv_layout: Layout | None = None,
 ) -> Plan:
     """The plan for floats.
 
@@ -49,12 +51,15 @@ def plan_floats(
         broadcast_dropout: whether all heads drop the same.
         kernel: positions per tile, where a tile is one kernel.
         lse: whether it is asked for.
+        part: makes the plans of parts of the call.
+        kv_layout: where the positions of keys and values lie, if that is settled.
     """
     B, N, T, H = layout.sizes(query)
     _, K, S, _ = layout.sizes(key)
-    # Keys that are read more than once come into order by head first.
-    read_once = known(T) and blocks.q >= T
-    kv_layout = layout if read_once else Layout.HEADS_FIRST
+    if kv_layout is None:
+        # Keys that are read more than once come into order by head first.
+        read_once = known(T) and blocks.q >= T
+        kv_layout = layout if read_once else Layout.HEADS_FIRST
     dtype = accumulator(query.dtype)
     if query.dtype == jnp.bfloat16 and here.bfloat16:
         dtype = np.dtype(jnp.bfloat16)
@@ -76,12 +81,14 @@ def plan_floats(
         dtype=np.dtype(query.dtype),
         format=number_format,
         step_scores=step_scores,
+        cores=here.cores,
         fused=kv.block <= FUSED_KEYS,
         kernel=kernel,
         multiplied=None if kernel is None else dtype,
         lse=lse,
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,
+        part=part,
     )
 
 
@@ -105,6 +112,7 @@ def plan_int8(
     probabilities: np.dtype,
     kernel: BlockSizes | None = None,
     lse: bool = True,
+    part: Part | None = None,
 ) -> Plan:
     """The plan for integers.
 
@@ -116,6 +124,7 @@ def plan_int8(
         probabilities: what they are rounded to.
         kernel: positions per tile, where a tile is one kernel.
         lse: whether it is asked for.
+        part: makes the plans of parts of the call.
     """
     B, N, T, H = layout.sizes(query)
     # Kernels multiply bytes as bfloat16, and sum up to 1,024 products of 128 by 127 without error.
@@ -129,7 +138,9 @@ def plan_int8(
         dtype=dtype,
         format=Int8(probabilities),
         step_scores=score_bytes(here) // 4,
+        cores=here.cores,
         kernel=_tiles_of_kernels(here, kernel, B, N, T, S),
         lse=lse,
         fused=Axis.of(S, blocks.kv).block <= FUSED_KEYS,
+        part=part,
     )

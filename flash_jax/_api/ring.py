@@ -20,9 +20,9 @@ from .._passes.operands import Operands
 from .._passes.plan import Ring
 from .._passes.primitives import attention
 from .._passes.scores import Scores
+from .._tiles.heads_first import heads_first
 from .._tiles.jax_versions import varying_axes
 from .._tiles.layout import Layout
-from .._tiles.load import heads_first
 from .batch_axis import with_batch_axis
 from .options import Arrays, Options, bind_options, tiles
 from .plan import plan_floats
@@ -70,9 +70,9 @@ def ring_attention(*args: Any, **kwargs: Any) -> Array:
         query: (B, T, N, H) or (T, N, H): T of the queries, equally many on each device.
         key: (B, S, K, H): S of the keys, equally many on each device; S may differ from T.
         value: (B, S, K, Hv).
-        bias: float, broadcastable to (B, N, T, S) or (B, N, T, n * S) for n devices: of this
-            device's queries, and of its own keys, which it follows, or of the keys of all devices,
-            one device after the other.
+        bias: float, broadcastable to (B, N, 1, S), which is of this device's keys and travels with
+            them; or to (B, N, T, n * S) for n devices, which is of this device's queries and of all
+            keys, one device's after the other's.
         mask: bool, alike; or a ``Mask``, whose offsets and lengths are those of the whole
             sequences, and whose segment ids are those of this device.
         axis_name: the mesh axis that the sequences are divided over, or a tuple of axes.
@@ -132,9 +132,8 @@ def _attend(
     bound = bind_options(arrays._replace(bias=None), options, query, key)
     scores = _with_pairs(bound.scores, of_pairs, options, query, key, ring.size)
     q, k, v = (heads_first(x) for x in (_varying(query, ring), key, value))
-    blocks, kernel = tiles(
-        options, _part(query, 1, ring), _part(key, 1, ring), scores.mask is not None
-    )
+    of_part = _part(query, 1, ring), _part(key, 1, ring)
+    blocks, kernel = tiles(options, options.problem(*of_part, scores.mask is not None))
     plan = plan_floats(
         _part(q, 2, ring),
         _part(k, 2, ring),
@@ -176,7 +175,13 @@ def _with_pairs(
     def bound(name: str, x: Any, spelled: str, kind: type) -> Array:
         of_all = np.shape(x)[-1:] == (S * devices,)
         sizes = Sizes(B, N, T, S * devices if of_all else S, options.batched)
-        return bind_scores(name, x, spelled, kind, sizes)
+        x = bind_scores(name, x, spelled, kind, sizes)
+        if x.shape[2] != 1 and x.shape[3] not in (1, S * devices):
+            raise ValueError(
+                f"{name} must have the keys of all devices, {S * devices}, where it has an axis of "
+                f"queries; its shape is {x.shape}"
+            )
+        return x
 
     if arrays.bias is not None:
         scores = scores._replace(bias=bound("bias", arrays.bias, "floats", jnp.floating))

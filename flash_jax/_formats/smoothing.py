@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._passes.operands import Quantization
-from .._tiles.load import heads_first
+from .._tiles.heads_first import heads_first
 from .._tiles.symbolic import as_int32
 from .._tiles.xla import rounded
 from .int8 import ZERO_POINT

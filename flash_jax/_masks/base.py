@@ -74,28 +74,27 @@ class Mask:
         }
         return dataclasses.replace(self, **bound)  # pyright: ignore[reportArgumentType]
 
-    def mapped(self, function: Callable[[Array, str], Any]) -> Mask:
-        """The bound mask with ``function(x, axes)`` of every array, whose axes are as "BT"."""
-        arrays = {name: (getattr(self, name), axes) for name, axes in self.arrays.items()}
-        new: dict[str, Any] = {
-            name: function(x, ("B" + axes)[-x.ndim :])
-            for name, (x, axes) in arrays.items()
-            if x is not None
-        }
-        new |= {name: getattr(self, name).mapped(function) for name in self.masks}
-        return dataclasses.replace(self, **new)  # pyright: ignore[reportArgumentType]
-
     def padded(self, missing: dict[str, Any]) -> Mask:
         """The bound mask, its arrays' axes T and S longer by ``missing`` zeros."""
-        return self.mapped(lambda x, axes: pad_axes(x, axes, missing))
+        arrays = {name: getattr(self, name) for name in self.arrays}
+        padded = {
+            name: pad_axes(x, ("B" + self.arrays[name])[-x.ndim :], missing)
+            for name, x in arrays.items()
+            if x is not None
+        }
+        padded |= {name: getattr(self, name).padded(missing) for name in self.masks}
+        return dataclasses.replace(self, **padded)  # pyright: ignore[reportArgumentType]
 
-    def moved(self, t: Array, s: Array) -> Mask:
-        """The bound mask of queries and keys that are numbers t, t + 1, ... and s, s + 1, ....
-
-        Only what is known by position changes; arrays with an axis T or S are the caller's to cut.
-        """
-        moved = {name: getattr(self, name).moved(t, s) for name in self.masks}
-        return dataclasses.replace(self, **moved) if moved else self  # pyright: ignore[reportArgumentType]
+    def array_axes(self) -> list[str]:
+        """The axes of the bound mask's arrays, such as "BT", in the order of its leaves."""
+        axes = []
+        for name in (field.name for field in dataclasses.fields(self)):  # pyright: ignore
+            x = getattr(self, name)
+            if name in self.masks:
+                axes += x.array_axes()
+            elif name in self.arrays and x is not None:
+                axes.append("B" + self.arrays[name])
+        return axes
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
         """Whether the pairs of key tile j are kept: bool, broadcastable to ``tile.shape()``."""

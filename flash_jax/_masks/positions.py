@@ -44,9 +44,6 @@ class CausalMask(Mask):
         t, s = tile.queries, tile.keys
         return s.first <= t.last + offset, s.last <= t.first + offset
 
-    def moved(self, t: Array, s: Array) -> Mask:
-        return CausalMask(jnp.asarray(self.offset) + (t - s))
-
     def read_keys(self, T: int, S: int) -> Array:
         return _keys(S) <= _column(self.offset) + as_int32(T - 1)
 
@@ -91,9 +88,6 @@ class WindowMask(Mask):
         some = _inside(self, Range(s.last, s.first), Range(first, last))
         return some, _inside(self, s, Range(last, first))
 
-    def moved(self, t: Array, s: Array) -> Mask:
-        return WindowMask(self.left, self.right, jnp.asarray(self.offset) + (t - s))
-
     def read_keys(self, T: int, S: int) -> Array:
         s, first = _keys(S), _column(self.offset)
         return _inside(self, Range(s, s), Range(first, first + as_int32(T - 1)))
@@ -136,10 +130,6 @@ class LengthMask(Mask):
         some = _both_exist(self, tile, t.first, s.first)
         return some, _both_exist(self, tile, t.last, s.last)
 
-    def moved(self, t: Array, s: Array) -> Mask:
-        q, kv = (None if x is None else jnp.asarray(x) for x in (self.q, self.kv))
-        return LengthMask(None if q is None else q - t, None if kv is None else kv - s)
-
     def read_keys(self, T: int, S: int) -> Array:
         return jnp.full((1, S), True) if self.kv is None else _keys(S) < _column(self.kv)
 
@@ -177,9 +167,6 @@ class PrefixMask(Mask):
         n = tile.of_instance(self.n)
         return tile.keys.first < n, tile.keys.last < n
 
-    def moved(self, t: Array, s: Array) -> Mask:
-        return PrefixMask(jnp.asarray(self.n) - s)
-
     def read_keys(self, T: int, S: int) -> Array:
         return _keys(S) < _column(self.n)
 
@@ -208,11 +195,7 @@ class PredicateMask(Mask):
             raise TypeError(f"fn of PredicateMask must be a function; it is {self.fn!r}")
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        return self.at(tile, tile.t, tile.s(j))
-
-    def at(self, tile: QueryTile, t: Array, s: Array) -> Array:
-        """What fn says of queries t and keys s, (1, 1, block_q, 1) and (1, 1, 1, block_kv)."""
-        kept = self.fn(tile.element, tile.n, t, s)
+        kept = self.fn(tile.element_index, tile.n, tile.t, tile.s(j))
         kind = "bool" if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
         if kind != np.bool_:
             raise TypeError(f"fn of PredicateMask must return bool; it returned {kind}")
@@ -228,27 +211,6 @@ class PredicateMask(Mask):
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
         unknown = jnp.full_like(tile.keys.first, True, dtype=bool)
         return unknown, ~unknown
-
-    def moved(self, t: Array, s: Array) -> Mask:
-        return _MovedPredicateMask(self, t[None], s[None])
-
-
-@mask_type
-class _MovedPredicateMask(Mask):
-    """A predicate of queries t, t + 1, ... and keys s, s + 1, ...."""
-
-    masks: ClassVar = ("mask",)
-    arrays: ClassVar = {"t": "", "s": ""}
-    mask: PredicateMask
-    t: Array  # (1,) int32
-    s: Array  # (1,) int32
-
-    def keep(self, tile: QueryTile, j: Array) -> Array:
-        t, s = tile.of_instance(self.t), tile.of_instance(self.s)
-        return self.mask.at(tile, tile.t + t, tile.s(j) + s)
-
-    def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        return self.mask.tiles(tile)
 
 
 def _keys(S: int) -> Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
 
 from .._tiles.tile import Axis, QueryTile
@@ -29,11 +29,10 @@ def never_partial(mask: Mask | None, kv: Axis) -> bool:
 def status(mask: Mask | None, tile: QueryTile) -> Array:
     """A row of the schedule: SKIPPED, PARTIAL or FULL of each key tile, int32 (key tiles,)."""
     count = tile.kv.count
-    complete = tile.keys.first == tile.kv.start(lax.iota(np.int32, count)).reshape(1, 1, 1, -1)
     some, every = (True, True) if mask is None else mask.tiles(tile)
     shape = (tile.heads, tile.groups, 1, count)
     some = jnp.any(jnp.broadcast_to(some, shape), axis=(0, 1, 2))
-    every = jnp.all(jnp.broadcast_to(every & complete, shape), axis=(0, 1, 2))
+    every = jnp.all(jnp.broadcast_to(every & tile.complete, shape), axis=(0, 1, 2))
     return jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
 
 
@@ -57,5 +56,5 @@ def keep_tile(mask: Mask | None, tile: QueryTile, j: Array) -> Array:
 
     The last key tile may repeat keys of the one before. They count there, and are masked here.
     """
-    own = tile.s(j) >= j * tile.kv.block
+    own = tile.own_keys(j)
     return own if mask is None else own & mask.keep(tile, j)

@@ -96,7 +96,7 @@ def backward_tile(
     # In a row that may read no key the output is 0 whatever its gradient is.
     delta = jnp.sum(jnp.where(out == 0, 0, d_o * out), axis=-1) - query_rows(tile, d_lse)
     # Queries that the tile before has, too, count there.
-    own = tile.as_rows(tile.t >= tile.i * tile.q.block, 1)
+    own = tile.as_rows(tile.own_queries, 1)
     d_o, delta = jnp.where(own, d_o, 0), jnp.where(own[..., 0], delta, 0)
 
     def step(masked: bool) -> Callable[[Array, tuple], tuple]:

@@ -38,30 +38,20 @@ def bind_key(rng: Array, elements: int) -> Array:
     return jnp.stack(threefry(key, (lax.iota(np.uint32, elements), np.uint32(0))), axis=-1)
 
 
-def moved_key(key: Array, t: Array, s: Array) -> Array:
-    """(B or 1, 4): the keys of ``bind_key`` for a part that begins at query t and key s."""
-    first = jnp.stack([t, s]).astype(np.uint32)
-    return jnp.concatenate([key, jnp.broadcast_to(first, key.shape)], axis=1)
-
-
 def drop(
     key: Array, rate: float, every_head: bool, tile: QueryTile, j: Array, dtype: jnp.dtype
 ) -> Array:
     """(heads, rows, block_kv): 0 where key tile j's probability is dropped, else 1 / (1 - rate).
 
     Args:
-        key: (B or 1, 2) uint32, of ``bind_key``; of one element where all drop the same. Or (B or
-            1, 4), of a part of the sequences: then the numbers of its first query and first key
-            follow.
+        key: (B or 1, 2) uint32, of ``bind_key``; of one element where all drop the same.
         rate: in [0, 1).
         every_head: whether all heads drop the same.
     """
-    k0, k1, *first = tile.of_instance(key)
+    k0, k1 = tile.of_instance(key)
     n = np.uint32(0) if every_head else tile.n.astype(np.uint32)
-    t, s = tile.t.astype(np.uint32), tile.s(j).astype(np.uint32)
-    if first:
-        t, s = t + first[0], s + first[1]
-    kept = mix(threefry((k0, k1), (n, t)), s) >= np.uint32(rate * 2**32)
+    row = threefry((k0, k1), (n, tile.t.astype(np.uint32)))
+    kept = mix(row, tile.s(j).astype(np.uint32)) >= np.uint32(rate * 2**32)
     return tile.as_rows(jnp.where(kept, jnp.array(1 / (1 - rate), dtype), jnp.array(0, dtype)))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
 from .._tiles.load import take_tile
 from .._tiles.symbolic import largest
-from .._tiles.tile import QueryTile
+from .._tiles.tile import Origin, QueryTile
 from . import online_softmax as online
 from .dropout import drop
 from .plan import Plan
@@ -44,6 +45,7 @@ class Operands(NamedTuple):
     sinks: Array | None = None  # (B, N): one more logit in the denominator
     dropout_key: Array | None = None  # (B, 2) uint32; (1, 2) where all elements drop the same
     quantization: Quantization | None = None  # None: of floats
+    origin: Origin | None = None  # (1,) int32 each; None: these are all arrays of the call
 
 
 class Differentiable(NamedTuple):
@@ -69,6 +71,26 @@ class Differentiable(NamedTuple):
         own = {name: x for name, x in given.items() if name in Operands._fields}
         of_scores = {name: x for name, x in given.items() if name in Scores._fields}
         return operands._replace(scores=operands.scores._replace(**of_scores), **own)
+
+
+def flatten(operands: Operands) -> tuple[list[Any], Any]:
+    """The leaves of operands, those that have derivatives first, and what ``unflatten`` needs."""
+    scores = operands.scores._replace(scale=None, soft_cap=None, alibi_slopes=None, bias=None)
+    rest = operands._replace(q=None, k=None, v=None, scores=scores, sinks=None)
+    return jax.tree.flatten((Differentiable.of(operands), rest))
+
+
+def unflatten(tree: Any, leaves: Sequence[Any]) -> tuple[Operands, list[Any]]:
+    """The operands among the first leaves, and the leaves behind them."""
+    n = tree.num_leaves
+    differentiable, rest = jax.tree.unflatten(tree, leaves[:n])
+    return differentiable.into(rest), list(leaves[n:])
+
+
+def names(tree: Any) -> list[str]:
+    """Names of the differentiable operands, in the order of their leaves."""
+    differentiable, _ = jax.tree.unflatten(tree, [0] * tree.num_leaves)
+    return [name for name, x in differentiable._asdict().items() if x is not None]
 
 
 class Dimensions(NamedTuple):

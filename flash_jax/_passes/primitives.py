@@ -20,6 +20,7 @@ A ``vmap`` folds its axis into the batch: the loops keep their trip counts, and 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,23 +33,30 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from .._checks.shapes import no_taylor_series
-from .._tiles.jax_versions import report_nan
+from .._tiles.jax_versions import like, report_nan
 from .._tiles.symbolic import known
 from .backward import backward, gradient_shapes
+from .calls import lead, mapped, merge, merged_shapes, split
 from .forward import Results, forward, forward_shapes, output
-from .operands import Differentiable, Operands, varying_as
+from .operands import Differentiable, Operands, flatten, names, unflatten, varying_as
+from .partition import lowering
 from .plan import Plan
 from .ring import ring_backward, ring_forward, ring_tangent
 from .tangent import tangent
 from .whole_tiles import in_whole_tiles
+
+Entries = tuple[tuple[int, ...], ...]  # sizes of mapped axes and batch of some gradients
+
+_run: dict[Primitive, Callable[..., list[Array]]] = {}
+_shapes: dict[Primitive, Callable[..., list[Any]]] = {}
 
 
 def attention(operands: Operands, plan: Plan) -> tuple[Array, Array | None]:
     """Output, laid out as q and of its dtype, and natural-log lse (B, N, T), None if not asked."""
     T = plan.layout.sizes(operands.q)[2]
     operands = in_whole_tiles(operands, plan)
-    leaves, tree = jax.tree.flatten(_split(varying_as(operands, operands)))
-    out, *rest = attention_p.bind(*leaves, tree=tree, plan=plan, statistics=plan.lse)
+    leaves, tree = flatten(varying_as(operands, operands))
+    out, *rest = attention_p.bind(*leaves, tree=tree, plan=plan, calls=0, statistics=plan.lse)
     lse = rest[0] if rest else None
     if known(T):
         return out, lse
@@ -56,40 +64,20 @@ def attention(operands: Operands, plan: Plan) -> tuple[Array, Array | None]:
     return out, None if lse is None else lse[..., :T]
 
 
-def _split(operands: Operands) -> tuple[Differentiable, Operands]:
-    """What has derivatives, first, and the rest."""
-    scores = operands.scores._replace(scale=None, soft_cap=None, alibi_slopes=None, bias=None)
-    rest = operands._replace(q=None, k=None, v=None, scores=scores, sinks=None)
-    return Differentiable.of(operands), rest
-
-
-def _join(tree: Any, leaves: Sequence[Any]) -> tuple[Operands, list[Any]]:
-    """The operands among the first leaves, and the leaves behind them."""
-    n = tree.num_leaves
-    differentiable, rest = jax.tree.unflatten(tree, leaves[:n])
-    return differentiable.into(rest), list(leaves[n:])
-
-
-def _names(tree: Any) -> list[str]:
-    """Names of the differentiable operands, in the order of their leaves."""
-    differentiable, _ = jax.tree.unflatten(tree, [0] * tree.num_leaves)
-    return [name for name, x in differentiable._asdict().items() if x is not None]
-
-
 def _attention(*leaves: Array, tree: Any, plan: Plan, statistics: bool) -> list[Array]:
-    operands, _ = _join(tree, leaves)
+    operands, _ = unflatten(tree, leaves)
     if plan.ring is not None:
         return list(ring_forward(operands, plan))[: None if statistics else 1]
     return list(forward(operands, plan)) if statistics else [output(operands, plan)]
 
 
 def _attention_shapes(*leaves: Any, tree: Any, plan: Plan, statistics: bool) -> list[Any]:
-    results = forward_shapes(_join(tree, leaves)[0], plan)
+    results = forward_shapes(unflatten(tree, leaves)[0], plan)
     return list(results) if statistics else [results.out]
 
 
 def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Array]:
-    operands, others = _join(tree, leaves)
+    operands, others = unflatten(tree, leaves)
     tangents = dict.fromkeys(Differentiable._fields) | dict(zip(wrt, others[4:], strict=True))
     run = tangent if plan.ring is None else ring_tangent
     return list(run(operands, Results(*others[:4]), Differentiable(**tangents), plan))
@@ -100,26 +88,46 @@ def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -
 
 
 def _gradient(
-    *leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: tuple[int, ...]
+    *leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: Entries
 ) -> list[Array]:
-    operands, (*results, d_out, d_lse) = _join(tree, leaves)
-    sizes = dict(zip(wrt, entries, strict=True))
+    operands, (*results, d_out, d_lse) = unflatten(tree, leaves)
+    sizes = dict(zip(wrt, map(math.prod, entries), strict=True))
     run = backward if plan.ring is None else ring_backward
     gradients = run(operands, Results(*results), d_out, d_lse, plan, sizes)
     return [gradients[name] for name in wrt]
 
 
 def _gradient_shapes(
-    *leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: tuple[int, ...]
+    *leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...], entries: Entries
 ) -> list[Any]:
-    sizes = dict(zip(wrt, entries, strict=True))
-    return list(gradient_shapes(_join(tree, leaves)[0], sizes).values())
+    sizes = dict(zip(wrt, map(math.prod, entries), strict=True))
+    return list(gradient_shapes(unflatten(tree, leaves)[0], sizes).values())
 
 
 def _primitive(
     name: str, function: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
 ) -> Primitive:
-    """A primitive that runs ``function``, with rules to compile and to batch it."""
+    """A primitive that runs ``function`` on leaves without mapped axes, and all its rules."""
+
+    def run(*leaves: Array, calls: int, **static: Any) -> list[Array]:
+        results = function(*merge(leaves, calls), **static)
+        return split(results, static.get("entries", [lead(leaves, calls)] * len(results)))
+
+    def of_run(*leaves: Any, calls: int, **static: Any) -> list[Any]:
+        found = shapes(*merged_shapes(leaves, calls), **static)
+        leads = static.get("entries", [lead(leaves, calls)] * len(found))
+        return [
+            jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype)
+            for x, sizes in zip(found, leads, strict=True)
+        ]
+
+    return _with_rules(name, run, of_run)
+
+
+def _with_rules(
+    name: str, run: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
+) -> Primitive:
+    """A primitive with rules to compile it, on any number of devices, and to batch it."""
     primitive = Primitive(f"flash_{name}")
     primitive.multiple_results = True
 
@@ -131,15 +139,14 @@ def _primitive(
 
     @primitive.def_abstract_eval
     def _(*leaves: Any, **static: Any) -> list[Any]:
-        update = leaves[0].update  # of the same mesh axes: all leaves vary over the same
-        return [
-            update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in shapes(*leaves, **static)
-        ]
+        return [like(leaves[0], x) for x in shapes(*leaves, **static)]
 
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
-    batching.primitive_batchers[primitive] = functools.partial(_fold, primitive)
+    mlir.register_lowering(primitive, lowering(name, run, shapes))
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     jet.jet_rules[primitive] = no_taylor_series
     report_nan(primitive)
+    _run[primitive] = run
+    _shapes[primitive] = shapes
     return primitive
 
 
@@ -148,27 +155,29 @@ def _compiled(primitive: Primitive, static: tuple[tuple[str, Any], ...]) -> Call
     return jax.jit(lambda *leaves: primitive.bind(*leaves, **dict(static)))
 
 
-def _fold(
+def _batch(
     primitive: Primitive, leaves: Sequence[Array], axes: Sequence[Any], **static: Any
 ) -> tuple[list[Array], list[int]]:
-    """Batching: the new axis joins the batch, the first axis of every leaf."""
+    """Batching: one more mapped axis, the first axis of every leaf."""
     size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
     # Behind the operands come the results that belong to them, and what is linear. Queries and
     # results stay together, and tell how many instances there are.
-    count = static["tree"].num_leaves
+    count, calls = static["tree"].num_leaves, static["calls"]
     own = {0, *range(count, count + len(Results._fields))} if len(leaves) > count else set()
-
-    def folded(i: int, x: Array, axis: int | None) -> Array:
-        if axis is None and x.shape[0] == 1 and i not in own:
-            return x  # still serves every instance
-        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-        return x.reshape(size * x.shape[1], *x.shape[2:])
-
     if "entries" in static:  # every call has its own gradients, of shared operands, too
-        static["entries"] = tuple(size * n for n in static["entries"])
-    leaves = [folded(i, x, axis) for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))]
-    results = primitive.bind(*leaves, **static)
-    results = [x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:]) for x in results]
+        static["entries"] = tuple((size, *sizes) for sizes in static["entries"])
+    # An operand and its tangent are of one shape.
+    moving = static.get("moving", ())
+    pairs = list(zip(moving, range(len(leaves) - len(moving), len(leaves)), strict=True))
+    whole = [i in own or axis is not None for i, axis in enumerate(axes)]
+    for pair in pairs:
+        if any(whole[i] for i in pair):
+            own |= {*pair}
+    leaves = [
+        mapped(x, axis, size, calls, i in own)
+        for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))
+    ]
+    results = primitive.bind(*leaves, **static | {"calls": calls + 1})
     return results, [0] * len(results)
 
 
@@ -178,48 +187,78 @@ gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
 
 
 def _attention_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, plan: Plan, statistics: bool
+    primals: Sequence[Array], tangents: Sequence[Any], *, statistics: bool, **static: Any
 ) -> tuple[list[Array], list[Any]]:
-    operands, _ = _join(tree, primals)
+    operands, _ = unflatten(static["tree"], primals)
     # Integers have no derivatives: their callers give those of the floats that they stand for.
     assert operands.quantization is None
-    results = attention_p.bind(*primals, tree=tree, plan=plan, statistics=True)
+    results = attention_p.bind(*primals, **static, statistics=True)
     results = [checkpoint_name(x, "flash_attention") for x in results]
     _, _, m, l = results
-    names = _names(tree)
-    given = {
-        name: x for name, x in zip(names, tangents, strict=False) if not isinstance(x, ad.Zero)
-    }
+    pairs = zip(names(static["tree"]), tangents, strict=False)
+    given = {name: x for name, x in pairs if not isinstance(x, ad.Zero)}
     count = len(results) if statistics else 1  # how many the caller asked for
     if not given:
         return results[:count], [jnp.zeros_like(x) for x in results[:count]]
-    moving = tangent_p.bind(
-        *primals, *results, *given.values(), tree=tree, plan=plan, wrt=tuple(given)
-    )
+    moving = tangent_p.bind(*primals, *results, *given.values(), **static, wrt=tuple(given))
     # lse = m + log l, with m held still.
     return results[:count], [*moving, jnp.zeros_like(m), l * moving[1]][:count]
 
 
+def _derivative(primitive: Primitive) -> Primitive:
+    """Forward mode of ``primitive`` as a primitive: loops alone would not be divided over a mesh.
+
+    It takes the leaves of ``primitive``, and the tangents of those that ``moving`` tells by their
+    indices.
+    """
+    of_primitive = _run[primitive]
+
+    def run(*leaves: Array, moving: tuple[int, ...], **static: Any) -> list[Array]:
+        still, tangents = leaves[: -len(moving)], leaves[-len(moving) :]
+
+        def of_moving(*xs: Array) -> list[Array]:
+            all_leaves = list(still)
+            for i, x in zip(moving, xs, strict=True):
+                all_leaves[i] = x
+            return of_primitive(*all_leaves, **static)
+
+        return jax.jvp(of_moving, [still[i] for i in moving], list(tangents))[1]
+
+    def shapes(*leaves: Any, moving: tuple[int, ...], **static: Any) -> list[Any]:
+        return _shapes[primitive](*leaves[: -len(moving)], **static)
+
+    return _with_rules(f"{primitive.name.removeprefix('flash_')}_jvp", run, shapes)
+
+
 def _jvp(
     primitive: Primitive,
-    function: Callable[..., list[Array]],
+    derivative: Primitive,
     primals: Sequence[Any],
     tangents: Sequence[Any],
     **static: Any,
 ) -> tuple[list[Array], list[Array]]:
-    """Forward mode through ``primitive``, which runs the loops of ``function``."""
-    moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
+    """Forward mode through ``primitive``, tangent or gradient."""
+    moving = tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero))
     known = static["tree"].num_leaves + len(Results._fields)
+    results = primitive.bind(*primals, **static)
     if moving[0] >= known:  # the results are linear in these
         linear = map(ad.instantiate_zeros, tangents[known:])
-        bind = functools.partial(primitive.bind, *primals[:known], **static)
-        return bind(*primals[known:]), bind(*linear)
+        return results, primitive.bind(*primals[:known], *linear, **static)
+    given = [tangents[i] for i in moving]
+    return results, derivative.bind(*primals, *given, moving=moving, **static)
+
+
+def _jvp_of_loops(
+    primitive: Primitive, primals: Sequence[Any], tangents: Sequence[Any], **static: Any
+) -> tuple[list[Array], list[Array]]:
+    """Third and later derivatives: forward mode through the loops of ``primitive``."""
+    moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
 
     def of_moving(*xs: Array) -> list[Array]:
         leaves = list(primals)
         for i, x in zip(moving, xs, strict=True):
             leaves[i] = x
-        return function(*leaves, **static)
+        return _run[primitive](*leaves, **static)
 
     with jax.disable_jit(False):  # of the loops, which would run step by step
         results, d_results = jax.jvp(
@@ -231,20 +270,20 @@ def _jvp(
 def _tangent_transpose(cotangents: Sequence[Any], *leaves: Any, **static: Any) -> list[Any]:
     count = len(static["wrt"])
     known, linear = leaves[:-count], leaves[-count:]
-    entries = tuple(x.aval.shape[0] for x in linear)
+    entries = tuple(x.aval.shape[: static["calls"] + 1] for x in linear)
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
     return [None] * len(known) + gradient_p.bind(*known, *cotangents, entries=entries, **static)
 
 
 def _gradient_transpose(
-    cotangents: Sequence[Any], *leaves: Any, entries: tuple[int, ...], **static: Any
+    cotangents: Sequence[Any], *leaves: Any, entries: Entries, **static: Any
 ) -> list[Any]:
     known = leaves[:-2]
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
     return [None] * len(known) + tangent_p.bind(*known, *cotangents, **static)
 
 
-def _no_second_reverse_pass(*_: Any) -> Any:
+def _no_second_reverse_pass(*_: Any, **__: Any) -> Any:
     raise NotImplementedError(
         "attention has no second reverse pass, nor one through its jvp: each would store every "
         "score. Second derivatives are forward mode over reverse mode: jax.jvp or jax.jacfwd of "
@@ -261,7 +300,10 @@ batching.defvectorized(_forward_only_p)
 ad.deflinear2(_forward_only_p, _no_second_reverse_pass)
 
 ad.primitive_jvps[attention_p] = _attention_jvp
-ad.primitive_jvps[tangent_p] = functools.partial(_jvp, tangent_p, _tangent)
-ad.primitive_jvps[gradient_p] = functools.partial(_jvp, gradient_p, _gradient)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_transposes[gradient_p] = _gradient_transpose
+for _p in (tangent_p, gradient_p):
+    _of_p = _derivative(_p)
+    ad.primitive_jvps[_p] = functools.partial(_jvp, _p, _of_p)
+    ad.primitive_jvps[_of_p] = functools.partial(_jvp_of_loops, _of_p)
+    ad.primitive_transposes[_of_p] = _no_second_reverse_pass

@@ -25,16 +25,17 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from . import online_softmax as online
+from .axes import operand_axes
 from .backward import backward
 from .forward import Results, forward
 from .gradients import gradient_shapes
 from .operands import Differentiable, Dimensions, Operands, varying_as
 from .plan import Plan, Ring
-from .ring_parts import AXES, Part, mapped, some_pair
+from .ring_parts import Part, some_pair
 from .tangent import tangent
 
 C = TypeVar("C")
-ROWS, OUT = "BNT", "BNTH"
+ROWS, OUT = "BNT", "BNT."
 
 
 def ring_forward(operands: Operands, plan: Plan) -> Results:
@@ -42,7 +43,7 @@ def ring_forward(operands: Operands, plan: Plan) -> Results:
     dims = Dimensions.of(operands, plan)
     if dims.empty:
         return forward(operands, plan)
-    rows = (dims.instances, dims.N, dims.T)
+    rows, names = (dims.instances, dims.N, dims.T), operand_axes(operands, plan)
     state = online.State(
         jnp.full(rows, -jnp.inf, dims.acc),
         jnp.zeros(rows, dims.acc),
@@ -50,8 +51,8 @@ def ring_forward(operands: Operands, plan: Plan) -> Results:
     )
     axes = online.State(ROWS, ROWS, OUT)  # pyright: ignore[reportArgumentType]
 
-    def step(part: Part, travelling: Operands, state: online.State) -> online.State:
-        out, lse, _, _ = forward(part.of(travelling), plan.of_parts)
+    def step(part: Part, operands: Operands, state: online.State) -> online.State:
+        out, lse, _, _ = forward(part.of(operands, names), plan.of_parts)
         new = online.State(lse, (~jnp.isneginf(lse)).astype(dims.acc), out)
         merged = online.merge(jax.tree.map(part.cut, state, axes), new)
         return jax.tree.map(part.put, state, merged, axes)
@@ -69,17 +70,19 @@ def ring_tangent(
     if dims.empty:
         return tangent(operands, results, tangents, plan)
     d_results = jnp.zeros(results.out.shape, dims.acc), jnp.zeros_like(results.lse)
+    names = operand_axes(operands, plan)
+    axes = Differentiable.of(names)._asdict()
     given = {name: x for name, x in tangents._asdict().items() if x is not None}
 
     def step(
         part: Part, operands: Operands, d_results: tuple[Array, Array], moving: dict[str, Array]
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
-        cut = {name: part.cut(x, AXES[name]) for name, x in (staying | moving).items()}
+        cut = {name: part.cut(x, axes[name]) for name, x in (staying | moving).items()}
         own = Differentiable(**(dict.fromkeys(Differentiable._fields) | cut))
-        new = tangent(part.of(operands), _rows(part, results), own, plan.of_parts)
+        new = tangent(part.of(operands, names), _rows(part, results), own, plan.of_parts)
         return tuple(map(part.add, d_results, new, (OUT, ROWS))), moving  # pyright: ignore
 
-    moving = {name: x for name, x in given.items() if _travels(x, AXES[name], dims.S)}
+    moving = {name: x for name, x in given.items() if _travels(x, axes[name], dims.S)}
     staying = {name: x for name, x in given.items() if name not in moving}
     (d_out, d_lse), _ = _over_rounds(operands, plan, step, d_results, moving)
     return d_out.astype(results.out.dtype), d_lse
@@ -97,17 +100,19 @@ def ring_backward(
     dims, shapes = Dimensions.of(operands, plan), gradient_shapes(operands, entries)
     if dims.empty:
         return backward(operands, results, d_out, d_lse, plan, entries)
+    names = operand_axes(operands, plan)
+    axes = Differentiable.of(names)._asdict()
     sums = {name: jnp.zeros(x.shape, dims.acc) for name, x in shapes.items()}
-    moving = {name: x for name, x in sums.items() if _travels(x, AXES[name], dims.S)}
+    moving = {name: x for name, x in sums.items() if _travels(x, axes[name], dims.S)}
     staying = {name: x for name, x in sums.items() if name not in moving}
 
     def step(
         part: Part, operands: Operands, staying: dict[str, Array], moving: dict[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         cotangents = part.cut(d_out, OUT), part.cut(d_lse, ROWS)
-        own = part.of(operands), _rows(part, results)
+        own = part.of(operands, names), _rows(part, results)
         new = backward(*own, *cotangents, plan.of_parts, entries, dims.acc)
-        add = lambda xs: {name: part.add(x, new[name], AXES[name]) for name, x in xs.items()}  # noqa: E731
+        add = lambda xs: {name: part.add(x, new[name], axes[name]) for name, x in xs.items()}  # noqa: E731
         return add(staying), add(moving)
 
     staying, moving = _over_rounds(operands, plan, step, staying, moving, home=True)
@@ -119,8 +124,9 @@ def _rows(part: Part, results: Results) -> Results:
 
 
 def _travels(x: Any, axes: str, S: int) -> bool:
-    """Whether an array is of this device's keys."""
-    return "S" in axes and x.shape[axes.index("S")] == S != 1
+    """Whether an array is of this device's keys, whichever queries they meet."""
+    of_queries = "T" in axes and x.shape[axes.index("T")] != 1
+    return "S" in axes and x.shape[axes.index("S")] == S and not of_queries
 
 
 def _over_rounds(
@@ -143,9 +149,10 @@ def _over_rounds(
     if not ring.rounds:
         return carry, moving
     device = lax.axis_index(ring.axis)
-    flags = mapped(operands, lambda x, axes: _travels(x, axes, dims.S))
-    travels = [x is True for x in jax.tree.leaves(flags)]
     leaves, tree = jax.tree.flatten(operands)
+    names = operand_axes(operands, plan)
+    pairs = zip(leaves, jax.tree.leaves(names), strict=True)
+    travels = [_travels(x, axes, dims.S) for x, axes in pairs]
     keys = [x for x, moves in zip(leaves, travels, strict=True) if moves]
 
     def with_keys(keys: list[Array]) -> Operands:
@@ -188,7 +195,9 @@ def _over_parts(
     at = lambda x: part._replace(a=x // parts, b=x % parts)  # noqa: E731
     if operands.scores.mask is None and parts == 1:
         return visit(part, carry)
-    met = jax.vmap(lambda x: some_pair(at(x).of(operands), plan))(lax.iota(np.int32, parts**2))
+    names = operand_axes(operands, plan)
+    met = lambda x: some_pair(at(x).of(operands, names), plan)  # noqa: E731
+    met = jax.vmap(met)(lax.iota(np.int32, parts**2))
     order, end = jnp.argsort(~met, stable=True).astype(np.int32), jnp.sum(met, dtype=np.int32)
     start = varying_as(operands, (jnp.int32(0), carry))
     loop = lambda x: (x[0] + 1, visit(at(order[x[0]]), x[1]))  # noqa: E731

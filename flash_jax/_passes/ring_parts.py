@@ -1,13 +1,12 @@
 """The parts of sequences that lie on the devices of a ring.
 
 A device holds a contiguous part of the positions; or two, in zigzag order. Attention between a part
-of the queries and a part of the keys is a call of its own, of which every array is cut, and all
-that is known by position is moved to where the parts begin.
+of the queries and a part of the keys is a call of its own, of which every array is cut, and
+which knows where the parts begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,25 +15,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._masks.schedule import SKIPPED, status
-from .._tiles.tile import Axis, QueryTile
-from .dropout import moved_key
+from .._tiles.tile import Axis, Origin, QueryTile
 from .operands import Dimensions, Operands
 from .plan import Plan, Ring
-
-# Of the differentiable operands, all of them with heads before positions.
-AXES = {
-    **{"q": "BNTH", "k": "BKSH", "v": "BKSH", "scale": "B", "soft_cap": "B"},
-    **{"alibi_slopes": "BN", "bias": "BNTS"},
-}
-
-
-def mapped(operands: Operands, function: Callable[[Array, str], Any]) -> Operands:
-    """operands with ``function(x, axes)`` of every array that has an axis T or S."""
-    scores = operands.scores
-    mask = None if scores.mask is None else scores.mask.mapped(function)
-    bias = None if scores.bias is None else function(scores.bias, AXES["bias"])
-    q, k, v = (function(getattr(operands, name), AXES[name]) for name in "qkv")
-    return operands._replace(q=q, k=k, v=v, scores=scores._replace(mask=mask, bias=bias))
 
 
 class Part(NamedTuple):
@@ -98,17 +81,11 @@ class Part(NamedTuple):
         t, s = _block(self.ring, self.device, self.a), _block(self.ring, self.source, self.b)
         return t * np.int32(self.T // parts), s * np.int32(self.S // parts)
 
-    def of(self, operands: Operands) -> Operands:
-        """The operands of this part alone."""
-        operands, (t, s) = mapped(operands, self.cut), self.begins()
-        scores, key = operands.scores, operands.dropout_key
-        scores = scores._replace(
-            mask=None if scores.mask is None else scores.mask.moved(t, s),
-            offset=None if scores.offset is None else scores.offset + (t - s),
-        )
-        return operands._replace(
-            scores=scores, dropout_key=None if key is None else moved_key(key, t, s)
-        )
+    def of(self, operands: Operands, axes: Operands) -> Operands:
+        """The operands of this part alone, which know where it begins; axes: ``operand_axes``."""
+        t, s = self.begins()
+        origin = Origin(element=None, head=None, query=t[None], key=s[None])
+        return jax.tree.map(self.cut, operands, axes)._replace(origin=origin)
 
 
 def _block(ring: Ring, device: Array, part: Array) -> Array:
@@ -136,6 +113,7 @@ def some_pair(operands: Operands, plan: Plan) -> Array:
             heads=dims.K,
             groups=dims.N // dims.K,
             i=jnp.int32(0),
+            origin=jax.tree.map(lambda x: x[0], operands.origin),
         )
         return status(scores.mask, tile)[0] != SKIPPED
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -42,6 +43,7 @@ def over_query_tiles(
     dims = Dimensions.of(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
     groups = dims.N // dims.K
+    origin = jax.tree.map(lambda x: x[0], operands.origin)
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
     together = 1
     if several and known(dims.instances) and heads == dims.K:
@@ -68,10 +70,14 @@ def over_query_tiles(
             groups=groups,
             i=i,
             together=together,
+            origin=origin,
         )
         return step(tile, carry)
 
-    steps = as_int32(dims.instances // together * (dims.K // heads) * q.count)
+    steps = dims.instances // together * (dims.K // heads) * q.count
+    if unless is None and known(steps) and steps == 1:
+        return at(jnp.int32(0), carry)
+    steps = as_int32(steps)
     if unless is not None:
         steps = jnp.where(unless, np.int32(0), steps)
     return _loop(np.int32(0), steps, at, varying_as(operands, carry))

@@ -5,12 +5,16 @@ Tested with 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jaxlib.version
 from jax import Array
 from jax.extend.core import Primitive
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 try:
     from jax._src import checkify
@@ -46,6 +50,66 @@ def varying_axes(x: Array) -> frozenset[str]:
     documents neither.
     """
     return jax.typeof(x).manual_axis_type.varying
+
+
+def like(aval: Any, x: Any) -> Any:
+    """The type of an array of x's shape and dtype that varies over the mesh axes of ``aval``."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*(None for _ in x.shape)))
+    return aval.update(shape=x.shape, dtype=x.dtype, weak_type=False, sharding=sharding)
+
+
+def module_mesh(ctx: Any) -> AbstractMesh | None:
+    """The mesh that a module is compiled for, in axes of prime sizes, while it is lowered.
+
+    Axes of prime sizes are finer than those of most meshes, of which a program may have several.
+    None where the module is for one device or exported, or where axes are manual.
+    """
+    module = ctx.module_context
+    count = getattr(module.axis_context, "num_devices", 1)  # none in a ``shard_map``
+    exported = module.lowering_parameters.for_export
+    if count == 1 or exported or not jax.config.jax_use_shardy_partitioner:
+        return None
+    meshes = (aval.sharding.mesh for aval in ctx.avals_in)
+    sizes = next((m.axis_sizes for m in meshes if not m.empty), (count,))
+    if math.prod(sizes) != count:
+        sizes = (count,)
+    factors = [n for size in sizes for n in _prime_factors(size)]
+    return AbstractMesh(tuple(factors), tuple(f"axis {i}" for i in range(len(factors))))
+
+
+def on_mesh(ctx: Any, mesh: AbstractMesh) -> Any:
+    """The context of a lowering with what ``custom_partitioning`` needs to name the axes of a mesh.
+
+    Any devices will do. JAX would give the right ones to what is listed as in need of them, but
+    then takes no program with two meshes.
+    """
+    module = ctx.module_context
+    devices = tuple(jax.devices(module.platforms[0])[:1]) * mesh.size
+    axis_context = dataclasses.replace(
+        module.axis_context, device_assignment=devices, abstract_mesh=mesh
+    )
+    return ctx.replace(module_context=module.replace(axis_context=axis_context))
+
+
+def functions_have_no_key() -> bool:
+    """Whether functions that are divided by ``custom_partitioning`` are alike to JAX's cache.
+
+    Their key in it is an address, which a setting leaves out: so that a program is found there by
+    other processes, too.
+    """
+    return getattr(jax.config, "jax_remove_custom_partitioning_ptr_from_cache_key", False)
+
+
+def no_mesh() -> Any:
+    """A context in which no mesh is set: code of one device is traced as without ``set_mesh``."""
+    return use_abstract_mesh(AbstractMesh((), ()))
+
+
+def _prime_factors(n: int) -> list[int]:
+    for p in range(2, n):
+        if n % p == 0:
+            return [p, *_prime_factors(n // p)]
+    return [n] if n > 1 else []
 
 
 def report_nan(primitive: Primitive) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -11,26 +10,6 @@ from .layout import Layout
 from .xla import apart
 
 _ZERO = np.int32(0)  # a Python 0 is int64 under x64, and the starts of a slice must agree
-_MOST_STACKED = 8  # heads copied one by one: the time to compile a stack grows with its length
-
-
-@jax.custom_jvp
-def heads_first(x: Array) -> Array:
-    """x (B, S, K, H) as (B, K, S, H), in one copy.
-
-    Few heads are copied one by one. XLA:CPU 0.12 transposes an array of which a loop reads few rows
-    into another order than the loop reads, and copies it once more.
-    """
-    heads = x.shape[2]
-    if heads not in range(2, _MOST_STACKED + 1):
-        return jnp.swapaxes(x, 1, 2)
-    return jnp.stack([lax.index_in_dim(x, n, 2, keepdims=False) for n in range(heads)], axis=1)
-
-
-@heads_first.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # The transpose of the copies head by head would be a sum over heads.
-    return heads_first(*primals), jnp.swapaxes(*tangents, 1, 2)
 
 
 def slice_tile(
@@ -66,4 +45,6 @@ def put_tile(
 ) -> Array:
     """x with tile (entries, heads, size, H) written from entry, head and start on."""
     tile = jnp.moveaxis(tile, 2, layout.value)
+    if tile.shape == x.shape:
+        return apart(tile) if layout is Layout.HEADS_LAST else tile
     return lax.dynamic_update_slice(x, tile, layout.axes(entry, head, start, _ZERO))

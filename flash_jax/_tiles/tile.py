@@ -76,6 +76,15 @@ class Axis(NamedTuple):
         return Range(i * self.block, end - 1)
 
 
+class Origin(NamedTuple):
+    """Where the part of a call that a device of a mesh has begins. None: at 0."""
+
+    element: Any  # the first batch element of a call
+    head: Any  # the first query head
+    query: Any
+    key: Any
+
+
 class QueryTile(NamedTuple):
     """Query tile i of some heads of one instance, or of several: see ``each``.
 
@@ -94,6 +103,8 @@ class QueryTile(NamedTuple):
         groups: query heads per key/value head.
         i: which tile.
         together: how many consecutive instances share the tile.
+        origin: of the part of a call that a device has. All that lies in arrays is counted from
+            there; ``element_index``, ``n``, ``t``, ``s``, ``queries`` and ``keys`` are of the call.
     """
 
     q: Axis
@@ -107,33 +118,68 @@ class QueryTile(NamedTuple):
     groups: int
     i: Array
     together: int = 1
+    origin: Origin | None = None
+
+    @property
+    def element_index(self) -> Array:
+        """Which batch element of its call."""
+        return self._of_call("element", self.element)
 
     @property
     def n(self) -> Array:
         """(heads, groups, 1, 1): query heads."""
-        n = self.head * self.groups + lax.iota(np.int32, self.heads * self.groups)
+        first = self._of_call("head", self.head * self.groups)
+        n = first + lax.iota(np.int32, self.heads * self.groups)
         return n.reshape(self.heads, self.groups, 1, 1)
 
     @property
     def t(self) -> Array:
         """(1, 1, block_q, 1): queries."""
-        return (self.q.start(self.i) + lax.iota(np.int32, self.q.block)).reshape(1, 1, -1, 1)
+        first = self._of_call("query", self.q.start(self.i))
+        return (first + lax.iota(np.int32, self.q.block)).reshape(1, 1, -1, 1)
 
     def s(self, j: Array) -> Array:
         """(1, 1, 1, block_kv): keys of key tile j."""
-        return (self.kv.start(j) + lax.iota(np.int32, self.kv.block)).reshape(1, 1, 1, -1)
+        first = self._of_call("key", self.kv.start(j))
+        return (first + lax.iota(np.int32, self.kv.block)).reshape(1, 1, 1, -1)
 
     @property
     def queries(self) -> Range:
         """First and last query."""
-        start = self.q.start(self.i)
+        start = self._of_call("query", self.q.start(self.i))
         return Range(start, start + self.q.block - 1)
 
     @property
     def keys(self) -> Range:
         """(1, 1, 1, key tiles): first and last own key of every key tile."""
-        j = lax.iota(np.int32, self.kv.count).reshape(1, 1, 1, -1)
-        return self.kv.own(j)
+        first, last = self.kv.own(self._key_tiles)
+        return Range(self._of_call("key", first), self._of_call("key", last))
+
+    @property
+    def own_queries(self) -> Array:
+        """(1, 1, block_q, 1): whether no tile before has the query."""
+        start = self.q.start(self.i) + lax.iota(np.int32, self.q.block)
+        return (start >= self.i * self.q.block).reshape(1, 1, -1, 1)
+
+    def own_keys(self, j: Array) -> Array:
+        """(1, 1, 1, block_kv): whether no tile before key tile j has the key."""
+        start = self.kv.start(j) + lax.iota(np.int32, self.kv.block)
+        return (start >= j * self.kv.block).reshape(1, 1, 1, -1)
+
+    @property
+    def complete(self) -> Array:
+        """(1, 1, 1, key tiles): whether all keys of the tile are its own."""
+        j = self._key_tiles
+        return self.kv.own(j).first == self.kv.start(j)
+
+    @property
+    def _key_tiles(self) -> Array:
+        return lax.iota(np.int32, self.kv.count).reshape(1, 1, 1, -1)
+
+    def _of_call(self, axis: str, index: Array) -> Array:
+        """An index into the part of a call that is here, as one into the call."""
+        first = None if self.origin is None else getattr(self.origin, axis)
+        return index if first is None else index + first
 
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of the scores of one key tile."""

@@ -1,0 +1,52 @@
+"""Explicit axes of a mesh, by which the type of an array tells how it is sharded.
+
+They are the default of ``jax.make_mesh``. A call is computed on Auto axes, where the primitives are
+divided, and its results are sharded as the queries are.
+
+https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, auto_axes, get_abstract_mesh
+
+R = TypeVar("R")
+
+
+def on_auto_axes(
+    attend: Callable[..., R], axes: str, results: Any, query: Array, *arrays: Any
+) -> R:
+    """``attend(query, *arrays)``, with results that are sharded as query is.
+
+    Args:
+        attend: a function of arrays, and of trees of them.
+        axes: those of query, a letter each.
+        results: a tree of strings, the axes of the results; "." for one that is not sharded.
+    """
+    mesh = _explicit_mesh((query, *arrays))
+    if mesh is None:
+        return attend(query, *arrays)
+    of_query = jax.typeof(query).sharding
+    spec = () if of_query.mesh.empty else of_query.spec
+    by = {axis: names for axis, names in zip(axes, spec, strict=False)}
+
+    def sharding(names: str) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*map(by.get, names)))
+
+    return auto_axes(attend, out_sharding=jax.tree.map(sharding, results))(query, *arrays)
+
+
+def model_axes(query: Array) -> tuple[str, tuple[str, str]]:
+    """The axes of query, with or without B, and those of the output and of lse."""
+    return ("BTN.", ("BTN.", "BNT")) if query.ndim == 4 else ("TN.", ("TN.", "NT"))
+
+
+def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
+    """The mesh that is set, or else that of the arrays; None: none of its axes are explicit."""
+    of_arrays = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays))
+    return next((mesh for mesh in (get_abstract_mesh(), *of_arrays) if mesh.explicit_axes), None)

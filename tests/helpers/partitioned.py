@@ -1,0 +1,262 @@
+"""Calls that ``jit`` divides over a mesh, beside the undivided call: run by ``mesh_table.py``.
+
+A case is a path, how a mesh divides its axes, and what is done with it. Its program is compiled
+once, is looked at for collectives, and runs on 4 devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from paths import Path, derivatives, model
+from unoptimized import UNOPTIMIZED, run
+
+from flash_jax import PredicateMask, flash_attention_int8_with_lse
+
+B, T, S, N, H = 4, 24, 40, 8, 5  # which tiles of 5 and 7 do not divide, whole or in parts
+TILES = (5, 7)
+OUT = "BTNH", "BNT"  # the axes of output and lse
+COLLECTIVES = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+# What a device keeps of a call that is divided so: nothing must be gathered. B by x is {"B": "x"}.
+APART = {
+    "batch": {"B": "x"},
+    "heads": {"N": "x", "K": "x"},
+    "queries": {"T": "x"},
+    "keys": {"S": "x"},
+    "batch and heads": {"B": "d", "N": "m", "K": "m"},
+    "queries and keys": {"T": "d", "S": "m"},
+}
+
+
+def mesh_of(kind: AxisType, cuts: Mapping[str, Any]) -> jax.sharding.Mesh:
+    """4 devices in the axes that ``cuts`` names: x alone, or d and m."""
+    if "x" in cuts.values():
+        return jax.make_mesh((4,), ("x",), axis_types=(kind,))
+    return jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind,) * 2)
+
+
+EVERYTHING = Path(
+    model(is_causal=True, local_window_size=(25, 4), logits_soft_cap=2.0, block_sizes=TILES),
+    {
+        "query_seq_lengths": "B",
+        "key_value_seq_lengths": "B",
+        "query_offset": "B",
+        "query_segment_ids": "BT",
+        "key_value_segment_ids": "BS",
+        "mask": "B1TS",
+        "bias": "1NTS",
+        "sinks": "N",
+        "alibi_slopes": "N",
+    },
+    floats=("query", "key", "value", "bias", "sinks", "alibi_slopes"),
+)
+PLAIN = Path(model(is_causal=True, query_offset=9, block_sizes=TILES))
+DROPOUT = Path(
+    model(dropout_rate=0.4, dropout_rng=jax.random.key(3), is_causal=True, query_offset=9)
+)
+
+
+def predicate(b, n, t, s):
+    return (3 * b + 2 * n + 5 * t + s) % 4 != 1
+
+
+INT8 = Path(
+    lambda x: flash_attention_int8_with_lse(**x, probability_dtype=np.float32, block_sizes=TILES),
+    {"key_value_seq_lengths": "B"},
+)
+PATHS = {
+    "everything": EVERYTHING,
+    "plain": PLAIN,
+    "dropout": DROPOUT,
+    "INT8": INT8,
+    "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
+    "predicate": Path(model(mask=PredicateMask(predicate))),
+}
+LONG = {"T": 128, "S": 128}  # a device's part is large enough for kernels
+
+
+class Case(NamedTuple):
+    """What is divided: ``of`` says what is done with a path, and cuts the axes by those of a mesh.
+
+    Attributes:
+        mapped: what cuts an axis in front of the others that ``vmap`` maps; False: there is none.
+        gathers: whether something may be gathered.
+        reduced: how many all-reduces there are; None: any number.
+    """
+
+    path: str
+    cuts: Mapping[str, str]
+    of: str = "derivatives"
+    kind: AxisType = AxisType.Auto
+    K: int = 4
+    mapped: str | bool | None = False
+    gathers: bool = False
+    reduced: int | None = None
+    sizes: Mapping[str, int] = types.MappingProxyType({})
+
+
+def cases():
+    explicit = {"kind": AxisType.Explicit}
+    both, across = APART["batch and heads"], APART["queries and keys"]
+    return [
+        *(Case("everything", cuts) for cuts in APART.values()),
+        Case("everything", {"N": "x"}, K=2, gathers=True),  # what two devices have of a gradient
+        Case("plain", {"N": "x"}, "forward", K=2, reduced=0),
+        Case("everything", {"N": "x"}, K=1),
+        Case("everything", {"T": "x", "S": "x"}, gathers=True),
+        *(Case("everything", cuts, **explicit) for cuts in (both, across)),
+        Case("plain", {"N": "x"}, "forward", K=2, reduced=0, **explicit),
+        *(Case("plain", cuts, "forward", reduced=0) for cuts in list(APART.values())[:3]),
+        *(
+            Case("plain", APART[name], "forward", reduced=3)
+            for name in ("keys", "queries and keys")
+        ),
+        *(Case("plain", cuts, "hvp") for cuts in (both, across)),
+        Case("plain", both, "hvp", **explicit),
+        *(Case("dropout", cuts, "forward") for cuts in (both, across)),
+        *(Case("INT8", cuts) for cuts in (both, APART["keys"])),
+        Case("INT8", both, **explicit),
+        *(Case("decode", APART[name]) for name in ("batch", "keys")),
+        Case("decode", APART["keys"], "forward", reduced=3, **explicit),
+        *(Case("plain", both, mapped=None, **kind) for kind in ({}, explicit)),
+        *(Case("plain", {"T": "m"}, mapped="d", **kind) for kind in ({}, explicit)),
+        *(Case("plain", both, "scan", **kind) for kind in ({}, explicit)),
+        *(Case("predicate", cuts, "forward", sizes=LONG) for cuts in (both, across)),
+    ]
+
+
+def checks():
+    for case in cases():
+        yield str(case), functools.partial(check, case)
+    yield "memory", check_memory
+
+
+def spec(axes, cuts):
+    """The sharding of an array: what cuts two of its axes cuts the first."""
+    names = [cuts.get(axis) for axis in axes]
+    return PartitionSpec(*(x if x not in names[:i] else None for i, x in enumerate(names)))
+
+
+def function_of(case: Case) -> Callable[..., Any]:
+    """What is compiled: a function of the arrays of the path, and of weights of its results."""
+    path = PATHS[case.path]
+    if case.of == "derivatives":
+        function = functools.partial(derivatives, path)
+    else:
+        function = functools.partial(globals()[f"_{case.of}"], path)
+    return function if case.mapped is False else jax.vmap(function)
+
+
+def _forward(path, x, _):
+    return path.call(x)
+
+
+def _gradient(path, x, weights):
+    floats = {name: x[name] for name in path.floats}
+    return jax.grad(lambda floats: jnp.sum(path.call(x | floats)[0] * weights[0]))(floats)
+
+
+def _hvp(path, x, weights):
+    floats = {name: x[name] for name in path.floats}
+    gradient = lambda floats: _gradient(path, x | floats, weights)  # noqa: E731
+    return jax.jvp(gradient, (floats,), (jax.tree.map(jnp.cos, floats),))
+
+
+def _scan(path, x, weights):
+    """Gradients of two layers of a scan, each computed again."""
+
+    def loss(x):
+        layer = jax.checkpoint(lambda q, _: (path.call(x | {"query": q})[0], None))
+        return jnp.sum(jax.lax.scan(layer, x["query"], None, length=2)[0] * weights[0])
+
+    return jax.grad(loss)(x)
+
+
+@functools.cache
+def inputs(name: str, K: int, mapped: bool, sizes: tuple) -> tuple[dict, tuple, dict]:
+    """Arrays of a path, weights of its results, and their axes."""
+    path, rng = PATHS[name], np.random.default_rng(20180508)
+    sizes = {"B": B, "T": 1 if path.one_query else T, "S": S, "N": N, "K": K, "H": H, **dict(sizes)}
+    lead = "4" if mapped else ""
+    axes = {name: lead + x for name, x in path.all_axes.items()}
+    calls = [path.arrays(rng, **sizes) for _ in range(4 if mapped else 1)]
+    x = jax.tree.map(lambda *xs: np.stack(xs) if mapped else xs[0], *calls)
+    shapes = ([{"4": 4, **sizes}[c] for c in lead + of] for of in OUT)
+    weights = tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return x, weights, axes
+
+
+@functools.cache
+def undivided(name: str, of: str, K: int, mapped: bool, sizes: tuple) -> Any:
+    case = Case(name, {}, of, K=K, mapped=None if mapped else False)
+    x, weights, _ = inputs(name, K, mapped, sizes)
+    return jax.tree.map(np.asarray, run(function_of(case), x, weights))
+
+
+def check(case: Case) -> None:
+    """Raises where a divided call gives other numbers, or communicates more than it should."""
+    mapped, sizes = case.mapped is not False, tuple(case.sizes.items())
+    x, weights, axes = inputs(case.path, case.K, mapped, sizes)
+    mesh, cuts = mesh_of(case.kind, {**case.cuts, "4": case.mapped or None}), dict(case.cuts)
+    cuts["4"] = case.mapped or None
+    put = lambda x, axes: jax.device_put(x, NamedSharding(mesh, spec(axes, cuts)))  # noqa: E731
+    x = {name: put(y, axes[name]) for name, y in x.items()}
+    lead = "4" if mapped else ""
+    weights = tuple(put(w, lead + axes) for w, axes in zip(weights, OUT, strict=True))
+    compiled = jax.jit(function_of(case)).lower(x, weights).compile(compiler_options=UNOPTIMIZED)
+    found = compiled(x, weights)
+    compare(found, undivided(case.path, case.of, case.K, mapped, sizes))
+    counts = collectives(compiled)
+    assert case.gathers or not counts["all-gather"], counts
+    assert case.reduced in (None, counts["all-reduce"]), counts
+    if case.of in ("derivatives", "forward"):  # results are divided as the arrays are
+        results = found[0] if case.of == "derivatives" else found
+        for y, axes in zip(results, OUT, strict=True):
+            expected = NamedSharding(mesh, spec(lead + axes, cuts))
+            assert y.sharding.is_equivalent_to(expected, y.ndim), y.sharding
+
+
+def collectives(compiled) -> dict[str, int]:
+    """How many of each kind a compiled program has."""
+    text = compiled.as_text()
+    return {x: len(re.findall(rf"= [^=]*\b{x}(?:-start)?\(", text)) for x in COLLECTIVES}
+
+
+def compare(found, expected):
+    for y, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        y = np.asarray(y)
+        np.testing.assert_array_equal(np.isfinite(y), np.isfinite(right))
+        y, right = (np.where(np.isfinite(x), x, 0) for x in (y, right))
+        size = max(1.0, np.max(np.abs(right), initial=0))
+        np.testing.assert_allclose(y, right, rtol=0, atol=2e-5 * size)
+
+
+def check_memory():
+    """A device's temporaries are its part of those of the whole call."""
+    sizes = {"B": 4, "T": 2**15, "S": 2**15, "N": 4, "K": 4, "H": 64}
+    whole = temporary_bytes(sizes, {})
+    for cuts in APART["batch"], APART["heads"]:
+        assert temporary_bytes(sizes, cuts) <= whole / 4, cuts
+
+
+def temporary_bytes(sizes, cuts):
+    """Of gradients of a causal call on each device, as XLA plans them."""
+    path, mesh = Path(model(is_causal=True)), mesh_of(AxisType.Auto, {"B": "x"})
+
+    def shape(axes):
+        sharding = NamedSharding(mesh, spec(axes, cuts)) if cuts else None
+        shape = tuple(sizes[c] for c in axes)
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+
+    arrays = {name: shape(axes) for name, axes in path.all_axes.items()}
+    gradient = functools.partial(_gradient, path)
+    lowered = jax.jit(gradient).lower(arrays, tuple(map(shape, OUT)))
+    return lowered.compile(UNOPTIMIZED).memory_analysis().temp_size_in_bytes
