@@ -70,9 +70,9 @@ def ring_attention(*args: Any, **kwargs: Any) -> Array:
         query: (B, T, N, H) or (T, N, H): T of the queries, equally many on each device.
         key: (B, S, K, H): S of the keys, equally many on each device; S may differ from T.
         value: (B, S, K, Hv).
-        bias: float, broadcastable to (B, N, T, S) or (B, N, T, n * S) for n devices: of this
-            device's queries, and of its own keys, which it follows, or of the keys of all devices,
-            one device after the other.
+        bias: float, broadcastable to (B, N, 1, S), which is of this device's keys and travels with
+            them; or to (B, N, T, n * S) for n devices, which is of this device's queries and of all
+            keys, one device's after the other's.
         mask: bool, alike; or a ``Mask``, whose offsets and lengths are those of the whole
             sequences, and whose segment ids are those of this device.
         axis_name: the mesh axis that the sequences are divided over, or a tuple of axes.
@@ -176,7 +176,13 @@ def _with_pairs(
     def bound(name: str, x: Any, spelled: str, kind: type) -> Array:
         of_all = np.shape(x)[-1:] == (S * devices,)
         sizes = Sizes(B, N, T, S * devices if of_all else S, options.batched)
-        return bind_scores(name, x, spelled, kind, sizes)
+        x = bind_scores(name, x, spelled, kind, sizes)
+        if x.shape[2] != 1 and x.shape[3] not in (1, S * devices):
+            raise ValueError(
+                f"{name} must have the keys of all devices, {S * devices}, where it has an axis of "
+                f"queries; its shape is {x.shape}"
+            )
+        return x
 
     if arrays.bias is not None:
         scores = scores._replace(bias=bound("bias", arrays.bias, "floats", jnp.floating))

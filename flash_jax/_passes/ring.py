@@ -119,8 +119,9 @@ def _rows(part: Part, results: Results) -> Results:
 
 
 def _travels(x: Any, axes: str, S: int) -> bool:
-    """Whether an array is of this device's keys."""
-    return "S" in axes and x.shape[axes.index("S")] == S != 1
+    """Whether an array is of this device's keys, whichever queries they meet."""
+    of_queries = "T" in axes and x.shape[axes.index("T")] != 1
+    return "S" in axes and x.shape[axes.index("S")] == S and not of_queries
 
 
 def _over_rounds(

@@ -159,6 +159,9 @@ CASES = {
     "keys": Case(
         2, "zigzag", 6, 8, {"is_causal": True}, of_keys, ("key", "value", "bias"), vma=False
     ),
+    "one position": Case(
+        4, "contiguous", 1, 1, {"is_causal": True}, of_keys, ("query", "key", "bias")
+    ),
     "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
     "bfloat16": Case(4, "zigzag", 6, 6, {"is_causal": True}, dtype=jnp.bfloat16),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -86,6 +87,13 @@ def check_work():
     assert counts.sum() == (n * T) * (n * T + 1) // 2
 
 
+def check_bias_of_pairs():
+    """One of this device's queries and its own keys alone says nothing of the others."""
+    bias = jnp.ones((256, 256), np.float32)
+    with pytest.raises(ValueError, match="bias must have the keys of all devices, 1024, where it"):
+        compiled(4, 1024, lambda f: f, bias=bias)
+
+
 def check_heads_instead():
     """What the page on many devices gives for as many heads as devices is the undivided call."""
     page = Path(__file__).parents[2] / "docs" / "many_devices.md"
@@ -104,6 +112,7 @@ def check_heads_instead():
 if __name__ == "__main__":
     assert jax.device_count() == 4
     check_heads_instead()
+    check_bias_of_pairs()
     check_work()
     check_windows()
     check_memory()
