@@ -76,7 +76,9 @@ def ring_tangent(
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         cut = {name: part.cut(x, AXES[name]) for name, x in (staying | moving).items()}
         own = Differentiable(**(dict.fromkeys(Differentiable._fields) | cut))
-        new = tangent(part.of(operands), _rows(part, results), own, plan.of_parts)
+        rows = _rows(part, results)
+        rows = rows._replace(out=rows.out.astype(dims.acc))  # as d_results, which are sums
+        new = tangent(part.of(operands), rows, own, plan.of_parts)
         return tuple(map(part.add, d_results, new, (OUT, ROWS))), moving  # pyright: ignore
 
     moving = {name: x for name, x in given.items() if _travels(x, AXES[name], dims.S)}
@@ -142,7 +144,7 @@ def _over_rounds(
     ring, dims = plan.ring, Dimensions.of(operands, plan)
     assert ring is not None
     if not ring.rounds:
-        return carry, moving
+        return varying_as(operands, (carry, moving))
     device = lax.axis_index(ring.axis)
     flags = mapped(operands, lambda x, axes: _travels(x, axes, dims.S))
     travels = [x is True for x in jax.tree.leaves(flags)]
