@@ -41,7 +41,9 @@ FLOOR = (
     "test_programs.py::test_a_policy_of_checkpoint_runs_attention_once[flash_attention]",
     "test_programs.py::test_disable_jit_changes_no_result[parameters]",
     "test_programs.py::test_jet_is_refused_by_name",
+    "test_processes.py::test_two_processes_give_what_one_gives",
     "test_quantization.py::test_values_are_within_half_a_scale[float32-bricks]",
+    "test_ring.py::test_a_ring_gives_what_the_unsharded_call_gives[parameters",
     "test_short.py::test_decoding_does_not_copy_the_cache",
     "test_short.py::test_few_queries_agree_with_the_oracle[3-1-37-6-3-bfloat16]",
     "test_partition.py::test_the_mesh_table[jit]",
@@ -68,9 +70,27 @@ QUICK = (
     "test_output.py::test_scale_is_the_configs",
     "test_programs.py::test_jet_is_refused_by_name",
     "test_quantization.py",
+    "test_ring.py::test_an_error",
+    "test_ring.py::test_the_rounds",
+    "test_ring.py::test_zigzag",
     "test_short.py::test_few_queries_of_a_padded_cache",
 )
 KINDS = {"floor": FLOOR, "quick": QUICK}
+
+# LLVM takes most of the time to compile. It optimizes the programs of these files and of the kinds
+# above; all others are tests of formulas. `pytest --optimized` has it optimize those, too.
+OPTIMIZED = (
+    "test_int8_accuracy.py",
+    "test_kernel.py",
+    "test_minilm.py",
+    "test_output.py",
+    "test_peers.py",
+    "test_short.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile all programs as users do")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
@@ -92,6 +112,14 @@ def pytest_collection_modifyitems(config, items):
         exists = any(Path(__file__).parent.rglob(file))
         if file in files or not exists:
             raise pytest.UsageError(f"tests/conftest.py names tests that are not there: {start}")
+
+
+@pytest.fixture(autouse=True)
+def _optimized(request):
+    item = request.node
+    optimized = item.path.name in OPTIMIZED or any(map(item.get_closest_marker, KINDS))
+    optimized = optimized or request.config.option.optimized
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture

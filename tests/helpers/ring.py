@@ -127,9 +127,9 @@ def by_masks(attend, x):
 
 
 def mapped(attend, x):
-    """Under vmap, with keys that are shared, in a sum over which gradients meet."""
+    """Under vmap and remat, with keys that are shared, in a sum over which gradients meet."""
     call = lambda q: attend(q, x["key"], x["value"], is_causal=True)  # noqa: E731
-    out, lse = jax.vmap(call)(jnp.stack([x["query"], -x["query"]]))
+    out, lse = jax.vmap(jax.checkpoint(call))(jnp.stack([x["query"], -x["query"]]))
     return out[0] + out[1], lse[0] - lse[1]
 
 
@@ -164,7 +164,16 @@ CASES = {
     ),
     "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
-    "bfloat16": Case(4, "zigzag", 6, 6, {"is_causal": True}, dtype=jnp.bfloat16),
+    "bfloat16": Case(
+        4,
+        "zigzag",
+        6,
+        6,
+        {"is_causal": True},
+        dtype=jnp.bfloat16,
+        kinds=("primal", "tangent", "gradient"),
+    ),
+    "nothing": Case(2, "zigzag", 4, 4, {"is_causal": True, "query_offset": -9}, kinds=EVERY),
 }
 
 
