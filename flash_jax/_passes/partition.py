@@ -37,7 +37,7 @@ from jax.experimental.custom_partitioning import (
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
-from .._tiles.jax_versions import functions_have_no_key, module_mesh, no_mesh, on_mesh
+from .._tiles.jax_versions import as_here, functions_have_no_key, module_mesh, on_mesh
 from .axes import Axes, axes_of
 from .device import on_a_device
 from .division import divide
@@ -78,6 +78,7 @@ def _divided(
     static: dict[str, Any],
 ) -> list[Array]:
     axes = axes_of(name, leaves, results, static)
+    context = as_here()
     # Behind the leaves, what has no axes.
     more = [_fingerprint(run, leaves, static)] if functions_have_no_key() else []
 
@@ -87,7 +88,7 @@ def _divided(
         of_leaves = tuple(map(sharding, [*axes.leaves, *("" for _ in more)]))
 
         def on_device(*own: Array) -> list[Array]:
-            with no_mesh():
+            with context():
                 return on_a_device(name, run, own[: len(leaves)], static, axes, division)
 
         return mesh, on_device, [*map(sharding, axes.results)], of_leaves

@@ -28,7 +28,7 @@ def arrays(dtype=np.float32):
 
 
 def attend(q, k, v):
-    return flash_attention(q, k, v, is_causal=True, query_offset=5)
+    return flash_attention(q, k, v, is_causal=True, query_offset=5, block_sizes=(5, 7))
 
 
 def mesh_of(count, name="x", kind=AxisType.Auto):
