@@ -114,26 +114,23 @@ def _fingerprint(
 def _rule(axes: Axes) -> SdyShardingRule:
     """Which axes of the arrays may be divided, and which of them go together."""
     N, K = axes.sizes["N"], axes.sizes["K"]
-    grouped = 1 < K < N
     factors: dict[str, Any] = {c: c for c in axes.sizes}
-    if grouped:
-        factors["N"] = CompoundFactor("K", "G")
+    of_groups: Any = {}
+    if N == K:
+        factors["K"] = "N"
+    elif K > 1:
+        factors["N"], of_groups = CompoundFactor("K", "G"), {"G": N // K}
     undivided = []
-
-    def mapping(names: str) -> ArrayMapping:
-        return ArrayMapping(*map(factor, names))
 
     def factor(c: str) -> Any:
         if c != ".":
-            return factors["N" if c == "K" == N else c]
+            return factors[c]
         undivided.append(f"alone{len(undivided)}")
         return undivided[-1]
 
-    leaves, results = (tuple(map(mapping, x)) for x in (axes.leaves, axes.results))
-    # Shardy wants them in the order in which factors appear.
-    return SdyShardingRule(
-        leaves,
-        results,
-        need_replication_factors=tuple(undivided),
-        **({"G": N // K} if grouped else {}),
+    # Shardy wants those that must be whole in the order in which they appear.
+    leaves, results = (
+        tuple(ArrayMapping(*map(factor, names)) for names in arrays)
+        for arrays in (axes.leaves, axes.results)
     )
+    return SdyShardingRule(leaves, results, need_replication_factors=tuple(undivided), **of_groups)
