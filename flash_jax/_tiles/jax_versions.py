@@ -69,8 +69,13 @@ def module_mesh(ctx: Any) -> AbstractMesh | None:
     """
     module = ctx.module_context
     count = getattr(module.axis_context, "num_devices", 1)  # none in a ``shard_map``
-    exported = module.lowering_parameters.for_export
-    if count == 1 or exported or not jax.config.jax_use_shardy_partitioner:
+    try:
+        exported = (
+            module.lowering_parameters.for_export or not jax.config.jax_use_shardy_partitioner
+        )
+    except AttributeError:  # should JAX move it, XLA gathers
+        exported = True
+    if count == 1 or exported:
         return None
     meshes = (aval.sharding.mesh for aval in ctx.avals_in)
     sizes = next((m.axis_sizes for m in meshes if not m.empty), (count,))
