@@ -38,7 +38,8 @@ def on_auto_axes(
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*map(by.get, names)))
 
-    return auto_axes(attend, out_sharding=jax.tree.map(sharding, results))(query, *arrays)
+    on_auto: Any = auto_axes(attend, out_sharding=jax.tree.map(sharding, results))
+    return on_auto(query, *arrays)
 
 
 def model_axes(query: Array) -> tuple[str, tuple[str, str]]:

@@ -25,7 +25,7 @@ class PartOf:
         dtype: of the queries.
         head_dim: size of a head.
         blocks: the caller's tiles; None: each part has its own.
-        problem: what the tiles of the call depend on; None where they are the caller's.
+        problem: what the tiles of the call depend on, where they are not the caller's.
     """
 
     machine: Machine

@@ -17,6 +17,7 @@ from .._tiles.layout import Layout
 from .calls import lead, merged_shapes
 from .operands import Differentiable, Dimensions, Operands, Quantization, flatten, unflatten
 from .plan import Plan
+from .scores import Scores
 
 
 class Axes(NamedTuple):
@@ -54,21 +55,20 @@ def axes_of(
 
 def operand_axes(operands: Operands, plan: Plan) -> Operands:
     """operands with the name of its axes in the place of each array."""
-    scores, mask = operands.scores, operands.scores.mask
+    mask, kv = operands.scores.mask, _laid_out(plan.kv_layout, "K", "S")
     if mask is not None:
         mask = jax.tree.unflatten(jax.tree.structure(mask), mask.array_axes())
-    kv = _laid_out(plan.kv_layout, "K", "S")
-    named = Operands(
-        q=_laid_out(plan.layout, "N", "T"),
-        k=kv,
-        v=kv,
-        scores=type(scores)("B", mask, "B", "BN", "B", "BNTS"),
-        sinks="BN",
-        dropout_key="B.",
-        quantization=Quantization("BNT", "BNT", "BKS", "BKS", "BKS."),
+    scores: Any = ("B", mask, "B", "BN", "B", "BNTS")
+    quantization: Any = ("BNT", "BNT", "BKS", "BKS", "BKS.")
+    named: Any = (
+        *(_laid_out(plan.layout, "N", "T"), kv, kv, Scores(*scores)),
+        *("BN", "B.", Quantization(*quantization)),
     )
     return jax.tree.map(
-        lambda x, axes: None if x is None else axes, operands, named, is_leaf=lambda x: x is None
+        lambda x, axes: None if x is None else axes,
+        operands,
+        Operands(*named),
+        is_leaf=lambda x: x is None,
     )
 
 

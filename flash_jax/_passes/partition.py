@@ -37,7 +37,7 @@ from jax.experimental.custom_partitioning import (
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
-from .._tiles.jax_versions import functions_have_no_key, module_mesh, no_mesh, on_mesh
+from .._tiles.jax_versions import as_here, functions_have_no_key, module_mesh, on_mesh
 from .axes import Axes, axes_of
 from .device import on_a_device
 from .division import divide
@@ -78,6 +78,7 @@ def _divided(
     static: dict[str, Any],
 ) -> list[Array]:
     axes = axes_of(name, leaves, results, static)
+    context = as_here()
     # Behind the leaves, what has no axes.
     more = [_fingerprint(run, leaves, static)] if functions_have_no_key() else []
 
@@ -87,7 +88,7 @@ def _divided(
         of_leaves = tuple(map(sharding, [*axes.leaves, *("" for _ in more)]))
 
         def on_device(*own: Array) -> list[Array]:
-            with no_mesh():
+            with context():
                 return on_a_device(name, run, own[: len(leaves)], static, axes, division)
 
         return mesh, on_device, [*map(sharding, axes.results)], of_leaves
@@ -113,26 +114,23 @@ def _fingerprint(
 def _rule(axes: Axes) -> SdyShardingRule:
     """Which axes of the arrays may be divided, and which of them go together."""
     N, K = axes.sizes["N"], axes.sizes["K"]
-    grouped = 1 < K < N
     factors: dict[str, Any] = {c: c for c in axes.sizes}
-    if grouped:
-        factors["N"] = CompoundFactor("K", "G")
+    of_groups: Any = {}
+    if N == K:
+        factors["K"] = "N"
+    elif K > 1:
+        factors["N"], of_groups = CompoundFactor("K", "G"), {"G": N // K}
     undivided = []
-
-    def mapping(names: str) -> ArrayMapping:
-        return ArrayMapping(*map(factor, names))
 
     def factor(c: str) -> Any:
         if c != ".":
-            return factors["N" if c == "K" == N else c]
+            return factors[c]
         undivided.append(f"alone{len(undivided)}")
         return undivided[-1]
 
-    leaves, results = (tuple(map(mapping, x)) for x in (axes.leaves, axes.results))
-    # Shardy wants them in the order in which factors appear.
-    return SdyShardingRule(
-        leaves,
-        results,
-        need_replication_factors=tuple(undivided),
-        **({"G": N // K} if grouped else {}),
+    # Shardy wants those that must be whole in the order in which they appear.
+    leaves, results = (
+        tuple(ArrayMapping(*map(factor, names)) for names in arrays)
+        for arrays in (axes.leaves, axes.results)
     )
+    return SdyShardingRule(leaves, results, need_replication_factors=tuple(undivided), **of_groups)

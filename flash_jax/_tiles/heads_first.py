@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .jax_versions import like, module_mesh, on_mesh
+from .jax_versions import as_here, like, module_mesh, on_mesh
 from .xla import apart
 
 _MOST_STACKED = 8  # heads copied one by one: the time to compile a stack grows with its length
@@ -45,18 +45,24 @@ def _copied(x: Array) -> Array:
     return apart(jnp.stack(each, axis=-3))
 
 
-@custom_partitioning
 def _divided(x: Array) -> Array:
-    return jnp.swapaxes(x, -3, -2)
+    context = as_here()
+
+    def copied(x: Array) -> Array:
+        with context():
+            return _copied(x)
+
+    def partition(mesh: Any, args: Any, _: Any) -> Any:
+        (x,) = args
+        *lead, positions, heads, size = x.sharding.spec
+        turned = NamedSharding(mesh, PartitionSpec(*lead, heads, positions, size))
+        return mesh, copied, turned, (x.sharding,)
+
+    call = custom_partitioning(lambda x: jnp.swapaxes(x, -3, -2))
+    call.def_partition(partition, sharding_rule="... s k h -> ... k s h")
+    return call(x)
 
 
-def _partition(mesh: Any, args: Any, _: Any) -> Any:
-    *lead, positions, heads, size = args[0].sharding.spec
-    turned = NamedSharding(mesh, PartitionSpec(*lead, heads, positions, size))
-    return mesh, _copied, turned, (args[0].sharding,)
-
-
-_divided.def_partition(_partition, sharding_rule="... s k h -> ... k s h")
 _heads_first_p = Primitive("flash_heads_first")
 _compiled = jax.jit(lambda x: _heads_first_p.bind(x))
 _alone, _together = (mlir.lower_fun(f, multiple_results=False) for f in (_copied, _divided))

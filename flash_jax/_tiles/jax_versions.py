@@ -5,9 +5,12 @@ Tested with 0.10.2 and 0.12.0.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -66,8 +69,13 @@ def module_mesh(ctx: Any) -> AbstractMesh | None:
     """
     module = ctx.module_context
     count = getattr(module.axis_context, "num_devices", 1)  # none in a ``shard_map``
-    exported = module.lowering_parameters.for_export
-    if count == 1 or exported or not jax.config.jax_use_shardy_partitioner:
+    try:
+        exported = (
+            module.lowering_parameters.for_export or not jax.config.jax_use_shardy_partitioner
+        )
+    except AttributeError:  # should JAX move it, XLA gathers
+        exported = True
+    if count == 1 or exported:
         return None
     meshes = (aval.sharding.mesh for aval in ctx.avals_in)
     sizes = next((m.axis_sizes for m in meshes if not m.empty), (count,))
@@ -100,9 +108,21 @@ def functions_have_no_key() -> bool:
     return getattr(jax.config, "jax_remove_custom_partitioning_ptr_from_cache_key", False)
 
 
-def no_mesh() -> Any:
-    """A context in which no mesh is set: code of one device is traced as without ``set_mesh``."""
-    return use_abstract_mesh(AbstractMesh((), ()))
+def as_here() -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts in which code of one device is traced as it would be here, without a mesh.
+
+    XLA asks for that code from a thread in which JAX has its defaults (0.10), or while the mesh of
+    ``jax.set_mesh`` is set (0.12).
+    """
+    x64, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        settings = jax.enable_x64(x64), jax.default_matmul_precision(precision)
+        with use_abstract_mesh(AbstractMesh((), ())), settings[0], settings[1]:
+            yield
+
+    return context
 
 
 def _prime_factors(n: int) -> list[int]:

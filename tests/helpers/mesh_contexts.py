@@ -28,7 +28,7 @@ def arrays(dtype=np.float32):
 
 
 def attend(q, k, v):
-    return flash_attention(q, k, v, is_causal=True, query_offset=5)
+    return flash_attention(q, k, v, is_causal=True, query_offset=5, block_sizes=(5, 7))
 
 
 def mesh_of(count, name="x", kind=AxisType.Auto):
@@ -40,12 +40,11 @@ def put(mesh, spec, xs):
 
 
 def meshes_of_any_number_of_devices(expected):
-    for count in (1, 2, 3):
-        for kind in (AxisType.Auto, AxisType.Explicit):
-            mesh = mesh_of(count, kind=kind)
-            found = jax.jit(attend)(*put(mesh, PartitionSpec("x"), arrays()))
-            compare(found, expected)
-            assert len(found.sharding.device_set) == count
+    for count, kind in ((1, AxisType.Explicit), (2, AxisType.Explicit), (3, AxisType.Auto)):
+        mesh = mesh_of(count, kind=kind)
+        found = jax.jit(attend)(*put(mesh, PartitionSpec("x"), arrays()))
+        compare(found, expected)
+        assert len(found.sharding.device_set) == count
     q, k, v = arrays()
     mesh = mesh_of(3)
     q, (k, v) = put(mesh, PartitionSpec(None, "x"), [q])[0], put(mesh, PartitionSpec(), (k, v))
