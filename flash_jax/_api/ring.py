@@ -95,7 +95,8 @@ def ring_attention(*args: Any, **kwargs: Any) -> Array:
         ValueError: as ``flash_attention``; axis_name is no axis of a surrounding ``shard_map``;
             layout is unknown, or its order is impossible.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: a length is symbolic.
+        NotImplementedError: a length is symbolic, or ``shard_map`` leaves an axis of the mesh
+            Explicit.
 
     Example:
         >>> import jax, functools, jax.numpy as jnp

@@ -99,7 +99,8 @@ def ring_arguments(
 
 def _size_of_axis(axis_name: Any) -> int:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = mesh.manual_axes
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be a mesh axis, or a tuple of them; it is {axis_name!r}")
     if missing := [name for name in names if name not in manual]:
@@ -107,5 +108,10 @@ def _size_of_axis(axis_name: Any) -> int:
         raise ValueError(
             f"axis_name must be an axis of the mesh that jax.shard_map maps over; {inside}; it is "
             f"{missing[0]!r}"
+        )
+    if mesh.explicit_axes:
+        raise NotImplementedError(
+            f"axis_name must be of a mesh whose other axes are Auto, or mapped by jax.shard_map, "
+            f"too; {', '.join(mesh.explicit_axes)} is Explicit"
         )
     return lax.axis_size(axis_name)

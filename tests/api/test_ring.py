@@ -97,6 +97,17 @@ def test_an_error_names_the_argument(length, options, error, message):
         ring(jnp.ones((1, length, 2, 4)), **options)
 
 
+def test_an_axis_that_is_left_explicit_is_named():
+    types = AxisType.Auto, AxisType.Explicit
+    mesh = jax.make_mesh((1, 1), ("seq", "data"), axis_types=types)
+    attend = functools.partial(ring_attention, axis_name="seq")
+    spec = PartitionSpec(None, "seq")
+    names = {"in_specs": spec, "out_specs": spec, "axis_names": {"seq"}}
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(NotImplementedError, match=r"axis_name must be .* data is Explicit"):
+        jax.shard_map(attend, mesh=mesh, **names)(x, x, x)
+
+
 @pytest.mark.parametrize(
     ("x", "devices", "axis", "error", "message"),
     [
