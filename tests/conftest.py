@@ -96,7 +96,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
     # The longest tests first: else one process waits for them at the end.
-    items.sort(key=lambda item: item.path.name != "test_partition.py")
+    longest = "test_partition.py", "test_ring.py", "test_processes.py"
+    items.sort(key=lambda item: item.path.name not in longest)
     unseen, files = {name: set(starts) for name, starts in KINDS.items()}, set()
     for item in items:
         name = item.path.name + item.nodeid[item.nodeid.find("::") :]
