@@ -19,7 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from paths import Path, derivatives, model
 from unoptimized import UNOPTIMIZED, run
 
-from flash_jax import PredicateMask, flash_attention_int8_with_lse
+from flash_jax import Mask, PredicateMask, flash_attention_int8_with_lse
+from flash_jax._masks.base import mask_type
 
 B, T, S, N, H = 4, 24, 40, 8, 5  # which tiles of 5 and 7 do not divide, whole or in parts
 TILES = (5, 7)
@@ -65,7 +66,19 @@ DROPOUT = Path(
 
 
 def predicate(b, n, t, s):
-    return (3 * b + 2 * n + 5 * t + s) % 4 != 1
+    return (3 * b + 2 * n + 5 * t + s) % 4 == 1
+
+
+@mask_type
+class LastKeysMask(Mask):
+    """Query t reads the last t + 1 keys of the call."""
+
+    def keep(self, tile, j):
+        return tile.s(j) >= tile.key_count - 1 - tile.t
+
+    def tiles(self, tile):
+        some = tile.keys.last >= tile.key_count - 1 - tile.queries.last
+        return some, tile.keys.first >= tile.key_count - 1 - tile.queries.first
 
 
 INT8 = Path(
@@ -78,7 +91,7 @@ PATHS = {
     "dropout": DROPOUT,
     "INT8": INT8,
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
-    "predicate": Path(model(mask=PredicateMask(predicate))),
+    "predicate": Path(model(mask=PredicateMask(predicate) | LastKeysMask())),
 }
 LONG = {"T": 128, "S": 128}  # a device's part is large enough for kernels
 
