@@ -45,7 +45,7 @@ def mesh_of(kind: AxisType, cuts: Mapping[str, Any]) -> jax.sharding.Mesh:
 
 
 EVERYTHING = Path(
-    model(is_causal=True, local_window_size=(25, 4), logits_soft_cap=2.0, block_sizes=TILES),
+    model(is_causal=True, local_window_size=(25, 4), block_sizes=TILES),
     {
         "query_seq_lengths": "B",
         "key_value_seq_lengths": "B",
@@ -56,8 +56,10 @@ EVERYTHING = Path(
         "bias": "1NTS",
         "sinks": "N",
         "alibi_slopes": "N",
+        "scale": "",
+        "logits_soft_cap": "",
     },
-    floats=("query", "key", "value", "bias", "sinks", "alibi_slopes"),
+    floats=("query", "key", "value", "bias", "sinks", "alibi_slopes", "scale", "logits_soft_cap"),
 )
 PLAIN = Path(model(is_causal=True, query_offset=9, block_sizes=TILES))
 DROPOUT = Path(
