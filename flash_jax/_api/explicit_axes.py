@@ -38,7 +38,8 @@ def on_auto_axes(
     def sharding(names: str) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*map(by.get, names)))
 
-    on_auto: Any = auto_axes(attend, out_sharding=jax.tree.map(sharding, results))
+    shardings = jax.tree.map(sharding, results)
+    on_auto: Any = auto_axes(attend, axes=mesh.explicit_axes, out_sharding=shardings)
     return on_auto(query, *arrays)
 
 

@@ -30,8 +30,11 @@ class Axes(NamedTuple):
 
 def axes_of(
     name: str, leaves: Sequence[Any], results: Sequence[Any], static: dict[str, Any]
-) -> Axes:
-    """The axes of a primitive by its name, its leaves and results, and its parameters."""
+) -> Axes | None:
+    """The axes of a primitive by its name, its leaves and results, and its parameters.
+
+    None where an operand has no names here.
+    """
     calls, plan = static["calls"], static["plan"]
     operands, _ = unflatten(static["tree"], merged_shapes(leaves, calls))
     mapped, dims = "".join(chr(ord("a") + i) for i in range(calls)), Dimensions.of(operands, plan)
@@ -41,6 +44,8 @@ def axes_of(
     more, found = _others(name.removesuffix("_jvp"), named, static)
     found, named = found[: len(results)], [*flatten(named)[0], *more]
     named += [named[i] for i in static.get("moving", ())]
+    if [len(mapped + x) for x in named] != [x.ndim for x in leaves]:
+        return None
 
     def known(axes: str, x: Any) -> str:
         pairs = zip(mapped + axes, x.shape, strict=True)

@@ -56,8 +56,9 @@ def _own(
     """Leaves and parameters of a device's own call: it knows where in the whole one it begins."""
     tree, plan, calls = static["tree"], static["plan"], static["calls"]
     operands, rest = unflatten(tree, leaves)
-    first = (division.first(c) for c in "BNTS")
-    origin = (None if x is None else x.reshape((1,) * (calls + 1)) for x in first)
+    origin = [division.first(c) for c in "BNTS"]
+    origin.append(jnp.int32(division.sizes["S"]))
+    origin = (None if x is None else x.reshape((1,) * (calls + 1)) for x in origin)
     operands = operands._replace(origin=Origin(*origin))
     if division.by["S"] and operands.sinks is not None:  # which count once
         first = lax.axis_index(division.by["S"]) == 0

@@ -78,6 +78,8 @@ def _divided(
     static: dict[str, Any],
 ) -> list[Array]:
     axes = axes_of(name, leaves, results, static)
+    if axes is None:
+        return run(*leaves, **static)
     context = as_here()
     # Behind the leaves, what has no axes.
     more = [_fingerprint(run, leaves, static)] if functions_have_no_key() else []

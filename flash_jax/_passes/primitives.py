@@ -14,41 +14,32 @@ What the backward pass needs of the forward pass is named ``flash_attention``: u
 ``jax.checkpoint`` the policy ``save_only_these_names("flash_attention")`` keeps it, and attention
 runs once.
 
-A ``vmap`` folds its axis into the batch: the loops keep their trip counts, and tiles do not grow.
+``rules`` has what they have in common.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax import Array, lax
 from jax import numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from .._checks.shapes import no_taylor_series
-from .._tiles.jax_versions import like, report_nan
 from .._tiles.symbolic import known
 from .backward import backward, gradient_shapes
-from .calls import lead, mapped, merge, merged_shapes, split
 from .forward import Results, forward, forward_shapes, output
 from .operands import Differentiable, Operands, flatten, names, unflatten, varying_as
-from .partition import lowering
 from .plan import Plan
 from .ring import ring_backward, ring_forward, ring_tangent
+from .rules import Entries, primitive, run_of, shapes_of, with_rules
 from .tangent import tangent
 from .whole_tiles import in_whole_tiles
-
-Entries = tuple[tuple[int, ...], ...]  # sizes of mapped axes and batch of some gradients
-
-_run: dict[Primitive, Callable[..., list[Array]]] = {}
-_shapes: dict[Primitive, Callable[..., list[Any]]] = {}
 
 
 def attention(operands: Operands, plan: Plan) -> tuple[Array, Array | None]:
@@ -104,86 +95,9 @@ def _gradient_shapes(
     return list(gradient_shapes(unflatten(tree, leaves)[0], sizes).values())
 
 
-def _primitive(
-    name: str, function: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
-) -> Primitive:
-    """A primitive that runs ``function`` on leaves without mapped axes, and all its rules."""
-
-    def run(*leaves: Array, calls: int, **static: Any) -> list[Array]:
-        results = function(*merge(leaves, calls), **static)
-        return split(results, static.get("entries", [lead(leaves, calls)] * len(results)))
-
-    def of_run(*leaves: Any, calls: int, **static: Any) -> list[Any]:
-        found = shapes(*merged_shapes(leaves, calls), **static)
-        leads = static.get("entries", [lead(leaves, calls)] * len(found))
-        return [
-            jax.ShapeDtypeStruct((*sizes, *x.shape[1:]), x.dtype)
-            for x, sizes in zip(found, leads, strict=True)
-        ]
-
-    return _with_rules(name, run, of_run)
-
-
-def _with_rules(
-    name: str, run: Callable[..., list[Array]], shapes: Callable[..., list[Any]]
-) -> Primitive:
-    """A primitive with rules to compile it, on any number of devices, and to batch it."""
-    primitive = Primitive(f"flash_{name}")
-    primitive.multiple_results = True
-
-    @primitive.def_impl
-    def _(*leaves: Array, **static: Any) -> list[Array]:
-        # As JAX's own primitives, it is compiled within ``jax.disable_jit``, too.
-        with jax.disable_jit(False):
-            return _compiled(primitive, tuple(sorted(static.items())))(*leaves)
-
-    @primitive.def_abstract_eval
-    def _(*leaves: Any, **static: Any) -> list[Any]:
-        return [like(leaves[0], x) for x in shapes(*leaves, **static)]
-
-    mlir.register_lowering(primitive, lowering(name, run, shapes))
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    jet.jet_rules[primitive] = no_taylor_series
-    report_nan(primitive)
-    _run[primitive] = run
-    _shapes[primitive] = shapes
-    return primitive
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(primitive: Primitive, static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    return jax.jit(lambda *leaves: primitive.bind(*leaves, **dict(static)))
-
-
-def _batch(
-    primitive: Primitive, leaves: Sequence[Array], axes: Sequence[Any], **static: Any
-) -> tuple[list[Array], list[int]]:
-    """Batching: one more mapped axis, the first axis of every leaf."""
-    size = next(x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None)
-    # Behind the operands come the results that belong to them, and what is linear. Queries and
-    # results stay together, and tell how many instances there are.
-    count, calls = static["tree"].num_leaves, static["calls"]
-    own = {0, *range(count, count + len(Results._fields))} if len(leaves) > count else set()
-    if "entries" in static:  # every call has its own gradients, of shared operands, too
-        static["entries"] = tuple((size, *sizes) for sizes in static["entries"])
-    # An operand and its tangent are of one shape.
-    moving = static.get("moving", ())
-    pairs = list(zip(moving, range(len(leaves) - len(moving), len(leaves)), strict=True))
-    whole = [i in own or axis is not None for i, axis in enumerate(axes)]
-    for pair in pairs:
-        if any(whole[i] for i in pair):
-            own |= {*pair}
-    leaves = [
-        mapped(x, axis, size, calls, i in own)
-        for i, (x, axis) in enumerate(zip(leaves, axes, strict=True))
-    ]
-    results = primitive.bind(*leaves, **static | {"calls": calls + 1})
-    return results, [0] * len(results)
-
-
-attention_p = _primitive("attention", _attention, _attention_shapes)
-tangent_p = _primitive("tangent", _tangent, _tangent_shapes)
-gradient_p = _primitive("gradient", _gradient, _gradient_shapes)
+attention_p = primitive("attention", _attention, _attention_shapes)
+tangent_p = primitive("tangent", _tangent, _tangent_shapes)
+gradient_p = primitive("gradient", _gradient, _gradient_shapes)
 
 
 def _attention_jvp(
@@ -211,7 +125,7 @@ def _derivative(primitive: Primitive) -> Primitive:
     It takes the leaves of ``primitive``, and the tangents of those that ``moving`` tells by their
     indices.
     """
-    of_primitive = _run[primitive]
+    of_primitive = run_of[primitive]
 
     def run(*leaves: Array, moving: tuple[int, ...], **static: Any) -> list[Array]:
         still, tangents = leaves[: -len(moving)], leaves[-len(moving) :]
@@ -225,9 +139,9 @@ def _derivative(primitive: Primitive) -> Primitive:
         return jax.jvp(of_moving, [still[i] for i in moving], list(tangents))[1]
 
     def shapes(*leaves: Any, moving: tuple[int, ...], **static: Any) -> list[Any]:
-        return _shapes[primitive](*leaves[: -len(moving)], **static)
+        return shapes_of[primitive](*leaves[: -len(moving)], **static)
 
-    return _with_rules(f"{primitive.name.removeprefix('flash_')}_jvp", run, shapes)
+    return with_rules(f"{primitive.name.removeprefix('flash_')}_jvp", run, shapes)
 
 
 def _jvp(
@@ -258,7 +172,7 @@ def _jvp_of_loops(
         leaves = list(primals)
         for i, x in zip(moving, xs, strict=True):
             leaves[i] = x
-        return _run[primitive](*leaves, **static)
+        return run_of[primitive](*leaves, **static)
 
     with jax.disable_jit(False):  # of the loops, which would run step by step
         results, d_results = jax.jvp(

@@ -84,7 +84,8 @@ class Part(NamedTuple):
     def of(self, operands: Operands, axes: Operands) -> Operands:
         """The operands of this part alone, which know where it begins; axes: ``operand_axes``."""
         t, s = self.begins()
-        origin = Origin(element=None, head=None, query=t[None], key=s[None])
+        keys = jnp.full((1,), self.ring.size * self.S, np.int32)
+        origin = Origin(element=None, head=None, query=t[None], key=s[None], keys=keys)
         return jax.tree.map(self.cut, operands, axes)._replace(origin=origin)
 
 

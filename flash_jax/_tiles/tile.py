@@ -83,6 +83,7 @@ class Origin(NamedTuple):
     head: Any  # the first query head
     query: Any
     key: Any
+    keys: Any  # how many the call has
 
 
 class QueryTile(NamedTuple):
@@ -104,7 +105,8 @@ class QueryTile(NamedTuple):
         i: which tile.
         together: how many consecutive instances share the tile.
         origin: of the part of a call that a device has. All that lies in arrays is counted from
-            there; ``element_index``, ``n``, ``t``, ``s``, ``queries`` and ``keys`` are of the call.
+            there; ``element_index``, ``n``, ``t``, ``s``, ``queries``, ``keys`` and ``key_count``
+            are of the call.
     """
 
     q: Axis
@@ -154,6 +156,12 @@ class QueryTile(NamedTuple):
         """(1, 1, 1, key tiles): first and last own key of every key tile."""
         first, last = self.kv.own(self._key_tiles)
         return Range(self._of_call("key", first), self._of_call("key", last))
+
+    @property
+    def key_count(self) -> Any:
+        """How many keys there are."""
+        whole = None if self.origin is None else self.origin.keys
+        return as_int32(self.kv.length) if whole is None else whole
 
     @property
     def own_queries(self) -> Array:
