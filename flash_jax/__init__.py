@@ -1,9 +1,12 @@
 """FlashAttention for CPUs: exact attention in linear memory, as pure JAX functions."""
 
+from ._api.attend import attend as attend
+from ._api.attend import attend_with_lse as attend_with_lse
 from ._api.attention import flash_attention as flash_attention
 from ._api.attention import flash_attention_with_lse as flash_attention_with_lse
 from ._api.attention_int8 import flash_attention_int8 as flash_attention_int8
 from ._api.attention_int8 import flash_attention_int8_with_lse as flash_attention_int8_with_lse
+from ._api.cache import KVCache as KVCache
 from ._api.config import FlashAttentionConfig as FlashAttentionConfig
 from ._api.dot_product_attention import dot_product_attention as dot_product_attention
 from ._api.kernels import flash_attention_forward as flash_attention_forward

@@ -6,15 +6,18 @@ carried by the ``Plan``. Tiles are chosen before, by the rule or by ``tune`` (``
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
+from .._formats.bytes_in_place import BytesInPlace
 from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
-from .._formats.int8 import Int8
+from .._formats.in_place import InPlace
+from .._formats.int8 import MOST_SUMMED, Int8
 from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Plan
@@ -26,6 +29,7 @@ from .._tiles.tile import Axis, BlockSizes
 # In a step: XLA's library does not take operations with fewer elements than 4,096, and where there
 # are few scores one more way of computing them is not worth its time to compile.
 FEWEST_SCORES = 2**16
+MOST_FEW = 16  # queries that are multiplied with a cache in one step
 
 
 def plan_floats(
@@ -133,3 +137,63 @@ def plan_int8(
         lse=lse,
         fused=Axis.of(S, blocks.kv).block <= FUSED_KEYS,
     )
+
+
+def reads_in_place(query: Any, keys: Any) -> bool:
+    """Whether query (B, T, N, H) is multiplied with all keys (B or 1, K, S, H) of a cache at once.
+
+    Few rows take less time than reading the keys, which tiles of them copy.
+    """
+    (B, T, _, _), S = query.shape, keys.shape[2]
+    if not all(map(known, (B, T, S))):
+        return False
+    return T <= MOST_FEW and (keys.dtype != np.int8 or S <= MOST_SUMMED)
+
+
+def plan_cached(query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool) -> Plan:
+    """The plan for keys and values of a cache, heads first.
+
+    Args:
+        query: (B, T, N, H).
+        keys: (B or 1, K, S, H).
+        bound: the options, and the tiles of both ways.
+        here: the machine that the call is compiled for.
+        lse: whether it is asked for.
+        few: as ``reads_in_place``.
+    """
+    _, K, S, H = keys.shape
+    key = np.broadcast_to(np.int8(0), (1, S, K, H))
+    kernel = None if few else bound.kernel
+    plan = plan_floats(query, key, bound.blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
+    dtype = _multiplied(query.dtype, here)
+    one_step = InPlace(dtype) if few else None
+    return dataclasses.replace(
+        plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype), one_step=one_step
+    )
+
+
+def plan_cached_int8(
+    query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool
+) -> Plan:
+    """As ``plan_cached``, for keys and values in 8 bits."""
+    # With a scale per value, probabilities are rounded to bfloat16, or not at all.
+    probabilities = np.dtype(jnp.bfloat16 if here.bfloat16 else np.float32)
+    plan = plan_int8(
+        query,
+        keys.shape[2],
+        bound.blocks,
+        Layout.HEADS_LAST,
+        np.dtype(query.dtype),
+        here,
+        probabilities,
+        None if few else bound.kernel,
+        lse,
+    )
+    return dataclasses.replace(plan, one_step=BytesInPlace()) if few else plan
+
+
+def _multiplied(dtype: Any, here: Machine) -> np.dtype:
+    """What numbers of a dtype are multiplied as."""
+    if dtype == jnp.bfloat16 and here.bfloat16:
+        return np.dtype(jnp.bfloat16)
+    return accumulator(dtype)
