@@ -107,8 +107,8 @@ def attend(*args: Any, **kwargs: Any) -> Array:
     through tiles as in every other call.
 
     Args:
-        query: (B, T, N, H), float. Query t is that of column t of the last ``append``. It is rounded
-            to the dtype of a cache of floats.
+        query: (B, T, N, H), float. Query t is that of column t of the last ``append``. It is
+            rounded to the dtype of a cache of floats.
         cache: a ``KVCache``, of B rows. Slots without a token change nothing, whatever they hold.
         bias: float, broadcastable to (B, N, T, S), S the slots. Not with a window or a prefix.
         mask: bool, alike, or a ``Mask``.

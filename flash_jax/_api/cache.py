@@ -49,7 +49,7 @@ class CachedArrays(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVCache:
-    """Keys and values of the tokens so far, for ``attend``. A pytree; every method returns a new one.
+    """Keys and values of the tokens so far, for ``attend``. A pytree; methods return a new one.
 
     Under ``jit`` with the cache donated, in ``lax.scan`` and in ``lax.while_loop`` tokens are
     appended in place. (jaxlib 0.10 copies a cache of bfloat16.)

@@ -1,8 +1,7 @@
 """A cache as the keys and values of a call: which options and which plan they make.
 
-Where slots are positions, the options of other calls say it all. A ring is read where it lies by few
-queries, with a mask that knows the position of every slot; for many queries it is copied into
-order.
+Where slots are positions, the options of other calls say it all. Few queries read a ring where it
+lies, with a mask that knows the position of every slot; for many queries it is copied into order.
 """
 
 from __future__ import annotations
@@ -75,7 +74,8 @@ def _in_integers(
 ) -> tuple[Array, Array | None]:
     few = reads_in_place(query, cache.keys)
     cache, bound = _bound(query, cache, queries, arrays, options, few)
-    assert cache.key_scales is not None and cache.value_scales is not None
+    assert cache.key_scales is not None
+    assert cache.value_scales is not None
     scale = jnp.broadcast_to(bound.scores.scale[:, None, None], jnp.swapaxes(query, 1, 2).shape[:3])
     zero = jnp.zeros((1, cache.keys.shape[1], 1), np.int32)
     q = query

@@ -29,7 +29,8 @@ from .._tiles.tile import Axis, BlockSizes
 # In a step: XLA's library does not take operations with fewer elements than 4,096, and where there
 # are few scores one more way of computing them is not worth its time to compile.
 FEWEST_SCORES = 2**16
-MOST_FEW = 16  # queries that are multiplied with a cache in one step
+MOST_FEW = 16  # queries that are multiplied with a cache at once
+FEW_BYTES = 2**22  # of a tile of keys: past 8 MiB of copies each step pays for fresh pages
 
 
 def plan_floats(
@@ -166,10 +167,8 @@ def plan_cached(query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few
     kernel = None if few else bound.kernel
     plan = plan_floats(query, key, bound.blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
     dtype = _multiplied(query.dtype, here)
-    one_step = InPlace(dtype) if few else None
-    return dataclasses.replace(
-        plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype), one_step=one_step
-    )
+    plan = dataclasses.replace(plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype))
+    return _with_few(plan, InPlace(dtype), keys) if few else plan
 
 
 def plan_cached_int8(
@@ -189,7 +188,14 @@ def plan_cached_int8(
         None if few else bound.kernel,
         lse,
     )
-    return dataclasses.replace(plan, one_step=BytesInPlace()) if few else plan
+    return _with_few(plan, BytesInPlace(), keys) if few else plan
+
+
+def _with_few(plan: Plan, number_format: Any, keys: Any) -> Plan:
+    """The plan of few query rows, with the tiles for where part of the keys is read."""
+    row = keys.shape[1] * keys.shape[3] * keys.dtype.itemsize
+    part = max(64, min(1024, FEW_BYTES // (plan.elements * row)) // 64 * 64)
+    return dataclasses.replace(plan, few=number_format, few_keys=part)
 
 
 def _multiplied(dtype: Any, here: Machine) -> np.dtype:

@@ -1,4 +1,4 @@
-"""Few query rows times a cache in 8 bits, read in place: u8 x s8 into s32, and nothing else rounded.
+"""Few query rows times keys and values in 8 bits, which are read in place: u8 x s8 into s32.
 
 Each key and each value has a scale of its own. The rows on the left are few, so they may be many
 bytes: a query and a row of probabilities are 16-bit integers, split into two rows of bytes,
@@ -20,11 +20,11 @@ import numpy as np
 from jax import Array, vmap
 from jax import numpy as jnp
 
-from .._passes.operands import Operands, q_tile, query_rows
+from .._passes.operands import Operands, key_columns, kv_tile, q_tile, query_rows
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import dot_u8_s8, rounded
+from .._tiles.xla import apart, dot_u8_s8, rounded
 
 _LEVELS = 32767  # of queries
 _STEPS = 65535  # of probabilities
@@ -33,15 +33,20 @@ _ZERO_POINT = 2**15
 
 @dataclasses.dataclass(frozen=True)
 class BytesInPlace:
-    """Queries in floats; keys and values in int8 with a scale per row. All keys are one tile."""
+    """Queries in floats; keys and values in int8 with a scale per row."""
 
     def products(
         self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False
     ) -> Products:
-        assert not fused and tile.kv.count == 1 and operands.quantization is not None
+        assert not fused
+        assert operands.quantization is not None
         q_scale, _, k_scale, _, v_scale = operands.quantization
-        k_scale, v_scale = tile.of_instance(k_scale), tile.of_instance(v_scale)[..., 0]
-        q = q_tile(plan, tile, operands.q, np.dtype(np.float32))
+        whole, int8 = tile.kv.count == 1, np.dtype(np.int8)
+
+        def held(x: Array, j: Array) -> Array:
+            return tile.of_instance(x) if whole else kv_tile(plan, tile, x, j, int8)
+
+        q = apart(q_tile(plan, tile, operands.q, np.dtype(np.float32)))
         scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / _LEVELS
         safe = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
         integers = jnp.round(jnp.where(jnp.isfinite(q), q, 0) / safe).astype(np.int32)
@@ -53,13 +58,14 @@ class BytesInPlace:
 
         def scores(j: Array) -> Array:
             rows = jnp.concatenate([high, low, ones], axis=1)
-            sums = vmap(dot_u8_s8)(rows, tile.of_instance(operands.k))
+            sums = vmap(dot_u8_s8)(rows, held(operands.k, j))
             n = tile.rows
             of_high = (sums[:, :n] - 128 * sums[:, 2 * n :]).astype(np.float32)
             s = of_high * 256 + sums[:, n : 2 * n].astype(np.float32)
-            return rounded(s * (scale * k_scale[:, None]))
+            return rounded(s * (scale * key_columns(tile, k_scale, j)[:, None]))
 
-        def weigh(p: Array, v: Array) -> Array:
+        def weigh(p: Array, values: tuple[Array, Array]) -> Array:
+            v, v_scale = values
             p = p * v_scale[:, None]
             most = jnp.max(p, axis=-1, keepdims=True)
             high, low = _as_bytes((p * (_STEPS / jnp.where(most > 0, most, 1))).astype(np.int32))
@@ -70,7 +76,7 @@ class BytesInPlace:
 
         return Products(
             scores=scores,
-            values=lambda j: tile.of_instance(operands.v),
+            values=lambda j: (held(operands.v, j), key_columns(tile, v_scale[..., 0], j)),
             weigh=weigh,
             finish=lambda o: o,
             floats=False,
