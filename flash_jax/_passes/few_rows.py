@@ -6,7 +6,8 @@ than a part of them, as in a cache that is not full yet, is a loop over the tile
 faster.
 
 A NaN or an infinity among the values reaches all rows, masked or not, since 0 * NaN is NaN. So
-where the sums are not finite, the walk over the tiles gives the results.
+where the sums are not finite, they are computed again of finite values, and rows get the others
+that they may read (``nonfinite``).
 """
 
 from __future__ import annotations
@@ -23,37 +24,34 @@ from .._tiles.layout import Layout
 from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
-from .operands import Dimensions, Operands, varying_as, with_sinks
+from .nonfinite import finite, with_nonfinite
+from .operands import Dimensions, Operands, kv_tile, varying_as, with_sinks
 from .plan import Plan
+from .walk import over
 
 
-def attend_few(operands: Operands, plan: Plan, results: Any, exact: Callable[[], Any]) -> Any:
-    """The results of the forward pass.
-
-    Args:
-        results: of their type, shapes and dtypes.
-        exact: gives them by the walk.
-    """
+def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
+    """The results of the forward pass, of the type, the shapes and the dtypes of ``results``."""
     dims = Dimensions.of(operands, plan)
-    state = _state(operands, plan, _all_rows(dims, plan, dims.S))
+    tile = _all_rows(dims, plan)
+    state = _state(operands, plan, tile)
+    if jnp.issubdtype(operands.v.dtype, jnp.floating):
+        clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
+        mended = lambda: _mended(operands, plan, tile)  # noqa: E731
+        state = lax.cond(clean, lambda: state, mended)
     out, lse = online.finish(state)
     out = out.reshape(dims.instances, dims.N, dims.T, dims.Hv).astype(plan.dtype)
     if plan.layout is Layout.HEADS_LAST:
         out = jnp.swapaxes(out, 1, 2)
-    rows = (x.reshape(results.lse.shape) for x in (lse, state.m, state.l))
-    fast = type(results)(out, *rows)
-    if not jnp.issubdtype(operands.v.dtype, jnp.floating):
-        return fast
-    clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
-    return lax.cond(clean, lambda: fast, exact)
+    return type(results)(out, *(x.reshape(results.lse.shape) for x in (lse, state.m, state.l)))
 
 
-def _all_rows(dims: Dimensions, plan: Plan, block_kv: int) -> QueryTile:
-    """All queries of all heads and instances, across from tiles of keys."""
+def _all_rows(dims: Dimensions, plan: Plan) -> QueryTile:
+    """All queries of all heads and instances, across from all keys."""
     zero = jnp.int32(0)
     return QueryTile(
         Axis.of(dims.T, dims.T),
-        Axis.of(dims.S, block_kv),
+        Axis.of(dims.S, dims.S),
         instance=zero,
         instances=dims.instances,
         element=zero,
@@ -68,44 +66,73 @@ def _all_rows(dims: Dimensions, plan: Plan, block_kv: int) -> QueryTile:
 
 def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     """The state (instances, heads, rows) after all keys that are read."""
-    part, S = plan.few_keys, tile.kv.length
-    start = tile.each(lambda tile, operands: _start(operands, plan, tile), operands)
     whole = lambda: _step(operands, plan, tile, jnp.int32(0), start)  # noqa: E731
-    if part >= S:
+    start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
+    if tiles.kv.count == 1:
         state = whole()
     else:
-        tiles = tile._replace(kv=Axis.of(S, part))
         read = tiles.each(lambda tile, operands: operands.scores.schedule_row(tile), operands)
         read = jnp.any(read != SKIPPED, axis=0)
         order, end = jnp.argsort(~read, stable=True), jnp.sum(read, dtype=np.int32)
-
-        def body(carry: tuple[Array, online.State]) -> tuple[Array, online.State]:
-            i, state = carry
-            return i + 1, _step(operands, plan, tiles, order[i].astype(np.int32), state)
-
-        def loop() -> online.State:
-            carry = varying_as(operands, (jnp.int32(0), start))
-            return lax.while_loop(lambda carry: carry[0] < end, body, carry)[1]
-
-        state = lax.cond(5 * part * end <= 2 * S, loop, whole)
+        at = lambda i, state: _step(operands, plan, tiles, order[i].astype(np.int32), state)  # noqa: E731
+        loop = lambda: over(end, at, varying_as(operands, start))  # noqa: E731
+        few = 5 * tiles.kv.block * end <= 2 * tile.kv.length  # measured: about as fast there
+        state = lax.cond(few, loop, whole)
 
     def finish(tile: QueryTile, arrays: tuple[Operands, online.State]) -> online.State:
-        operands, state = arrays
-        return with_sinks(operands, tile, online.State(*map(tile.of_instance, state)))
+        return with_sinks(arrays[0], tile, _of_instance(tile, arrays[1]))
 
     return tile.each(finish, (operands, state))
 
 
+def _mended(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
+    """The state of all instances where some value is NaN or infinite, read or not."""
+    start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
+
+    def at(j: Array, carry: tuple[online.State, Array]) -> tuple[online.State, Array]:
+        def add(tile: QueryTile, arrays: tuple[Operands, Array]) -> Array:
+            operands, others = arrays
+            v = kv_tile(plan, tile, operands.v, j, others.dtype)
+            return with_nonfinite(operands.scores.keep(tile, j), v, tile.of_instance(others))
+
+        state, others = carry
+        others = tiles.each(add, (operands, others))
+        return _step(operands, plan, tiles, j, state, finite), others
+
+    def finish(tile: QueryTile, arrays: tuple[Operands, online.State, Array]) -> online.State:
+        operands, state, others = arrays
+        state = _of_instance(tile, state)
+        return with_sinks(operands, tile, state._replace(o=state.o + tile.of_instance(others)))
+
+    carry = varying_as(operands, (start, jnp.zeros_like(start.o)))
+    state, others = over(jnp.int32(tiles.kv.count), at, carry)
+    return tile.each(finish, (operands, state, others))
+
+
+def _in_tiles(plan: Plan, tile: QueryTile) -> QueryTile:
+    return tile._replace(kv=Axis.of(tile.kv.length, plan.few_keys))
+
+
 def _start(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
-    acc = Dimensions.of(operands, plan).acc
-    state = online.start(tile.rows, operands.v.shape[-1], acc)
-    return online.State(*(jnp.broadcast_to(x, (tile.heads, *x.shape)) for x in state))
+    """The state of all instances before any key."""
+    state = online.start(tile.rows, operands.v.shape[-1], Dimensions.of(operands, plan).acc)
+    lead = tile.instances, tile.heads
+    return online.State(*(jnp.broadcast_to(x, (*lead, *x.shape)) for x in state))
+
+
+def _of_instance(tile: QueryTile, state: online.State) -> online.State:
+    return online.State(*map(tile.of_instance, state))
 
 
 def _step(
-    operands: Operands, plan: Plan, tile: QueryTile, j: Array, state: online.State
+    operands: Operands,
+    plan: Plan,
+    tile: QueryTile,
+    j: Array,
+    state: online.State,
+    clean: Callable[[Any], Any] = lambda v: v,
 ) -> online.State:
-    """The state of all instances with key tile j."""
+    """The state of all instances with key tile j; clean: what values become first."""
 
     def step(tile: QueryTile, arrays: tuple[Operands, online.State]) -> online.State:
         (operands, state), scores = arrays, arrays[0].scores
@@ -114,9 +141,9 @@ def _step(
         s = scores.logits(tile, j, scores.local(tile, j), products.scores(j))
         if not scores.always_full(tile.kv):
             s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
-        values, weigh, exp = products.values(j), products.weigh, products.exp
+        values, weigh, exp = clean(products.values(j)), products.weigh, products.exp
         if tile.kv.count == 1:
             return online.of_block(s, values, weigh, exp)
-        return online.absorb(online.State(*map(tile.of_instance, state)), s, values, weigh, exp)
+        return online.absorb(_of_instance(tile, state), s, values, weigh, exp)
 
     return tile.each(step, (operands, state))

@@ -8,7 +8,6 @@ Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -57,8 +56,7 @@ def forward(operands: Operands, plan: Plan) -> Results:
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     if plan.few is not None:
-        exact = dataclasses.replace(plan, few=None)
-        return attend_few(operands, plan, results, lambda: forward(operands, exact))
+        return attend_few(operands, plan, results)
     right = done = None
     if plan.kernel is not None:
         results, right = _by_kernels(operands, plan, results)
