@@ -14,6 +14,7 @@ from ._api.kernels import flash_attention_forward_i8 as flash_attention_forward_
 from ._api.kernels import flash_mha as flash_mha
 from ._api.kernels import flash_mha_i8 as flash_mha_i8
 from ._api.merge import merge_attention as merge_attention
+from ._api.paged import PagedKVCache as PagedKVCache
 from ._api.patch import patch_jax_nn as patch_jax_nn
 from ._api.reference import reference_attention as reference_attention
 from ._api.tune import tune as tune

@@ -21,12 +21,13 @@ from .cache import KVCache
 from .cached import Queries, reach, to_cache
 from .merge import merge_attention
 from .options import Arrays, Options, check_options
+from .paged import PagedKVCache
 from .signature import same_arguments
 
 
 def attend_arguments(
     query: ArrayLike,
-    cache: KVCache,
+    cache: KVCache | PagedKVCache,
     bias: ArrayLike | None = None,
     mask: Mask | ArrayLike | None = None,
     *,
@@ -39,10 +40,10 @@ def attend_arguments(
     alibi_slopes: ArrayLike | None = None,
     prefix: KVCache | None = None,
     block_sizes: tuple[int, int] | None = None,
-) -> tuple[Array, KVCache, KVCache | None, Arrays, Options]:
+) -> tuple[Array, KVCache | PagedKVCache, KVCache | None, Arrays, Options]:
     """The arguments of attention to a cache, checked."""
     (query,) = as_floats(query=query)
-    _check_cache("cache", query, cache)
+    _check_cache(query, cache)
     arrays = Arrays(
         bias=bias,
         mask=mask,
@@ -56,14 +57,15 @@ def attend_arguments(
         query_offset = as_option("query_offset", query_offset)
     arrays = arrays._replace(query_offset=query_offset)
     for name, x in {"bias": bias, "mask": mask}.items():
-        if x is not None and (prefix is not None or cache.window is not None):
+        ring = isinstance(cache, KVCache) and cache.window is not None
+        if x is not None and (prefix is not None or ring):
             what = "a window" if prefix is None else "a prefix"
             raise NotImplementedError(
                 f"{name} must be None where the cache has {what}: its key axis would be that of "
                 f"slots, which are no positions there; it is {type(x).__name__}"
             )
     if prefix is not None:
-        _check_cache("prefix", query, prefix, like=cache)
+        _check_prefix(query, prefix, cache)
     return (
         query,
         cache,
@@ -109,7 +111,8 @@ def attend(*args: Any, **kwargs: Any) -> Array:
     Args:
         query: (B, T, N, H), float. Query t is that of column t of the last ``append``. It is
             rounded to the dtype of a cache of floats.
-        cache: a ``KVCache``, of B rows. Slots without a token change nothing, whatever they hold.
+        cache: a ``KVCache`` or ``PagedKVCache``, of B rows. Slots without a token change nothing,
+            whatever they hold.
         bias: float, broadcastable to (B, N, T, S), S the slots. Not with a window or a prefix.
         mask: bool, alike, or a ``Mask``.
         scale: as ``flash_attention``.
@@ -152,33 +155,33 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         [1] Dao, FlashAttention-2, 2023, Algorithm 1, https://arxiv.org/abs/2307.08691
         [2] Shazeer, Fast transformer decoding, 2019, https://arxiv.org/abs/1911.02150
     """
-    *arrays, options = attend_arguments(*args, **kwargs)
-    return _checked(*arrays, options._replace(lse=False))[0]
+    query, cache, prefix, arrays, options = attend_arguments(*args, **kwargs)
+    return _checked(query, cache, prefix, arrays, options._replace(lse=False))[0]
 
 
-def _check_cache(name: str, query: Array, cache: Any, like: KVCache | None = None) -> None:
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"{name} must be a KVCache; it is {type(cache).__name__}")
-    B, K, S, H = cache.keys.shape
-    if like is None:
-        check_shape("query", query, f"(B, T, N, H) of the {name}", (B, None, None, H))
-        check_heads("query", query, query.shape[2:])
-        check_groups("query", query.shape[2], name, K)
-        if cache.keys.dtype == np.int8 and query.dtype == np.float64:
-            raise TypeError(
-                f"query must be float32, bfloat16 or float16 with a {name} of int8; its dtype is "
-                "float64"
-            )
-        return
-    if cache.window is not None:
-        raise ValueError(f"{name} must have no window; it is {cache.window}")
-    rows = 1 if B == 1 else query.shape[0]
-    check_shape(f"{name}.keys", cache.keys, "(B or 1, K, S, H)", (rows, like.keys.shape[1], S, H))
-    of_values = (rows, K, S, like.values.shape[-1])
-    check_shape(f"{name}.values", cache.values, "(B or 1, K, S, Hv)", of_values)
+def _check_cache(query: Array, cache: Any) -> None:
+    if not isinstance(cache, KVCache | PagedKVCache):
+        raise TypeError(f"cache must be a KVCache or PagedKVCache; it is {type(cache).__name__}")
+    (_, K, _, H), B = cache.keys.shape, cache.lengths.shape[0]
+    check_shape("query", query, "(B, T, N, H) of the cache", (B, None, None, H))
+    check_heads("query", query, query.shape[2:])
+    check_groups("query", query.shape[2], "cache", K)
+    if cache.keys.dtype == np.int8 and query.dtype == np.float64:
+        raise TypeError("query must not be float64 with a cache of int8")
 
 
-def _queries(query: Array, cache: KVCache, offset: Any, options: Options) -> Queries:
+def _check_prefix(query: Array, prefix: Any, cache: KVCache | PagedKVCache) -> None:
+    if not isinstance(prefix, KVCache):
+        raise TypeError(f"prefix must be a KVCache; it is {type(prefix).__name__}")
+    if prefix.window is not None:
+        raise ValueError(f"prefix must have no window; it is {prefix.window}")
+    (B, _, S, _), (_, K, _, H) = prefix.keys.shape, cache.keys.shape
+    B, Hv = 1 if B == 1 else query.shape[0], cache.values.shape[-1]
+    check_shape("prefix.keys", prefix.keys, "(B or 1, K, S, H)", (B, K, S, H))
+    check_shape("prefix.values", prefix.values, "(B or 1, K, S, Hv)", (B, K, S, Hv))
+
+
+def _queries(query: Array, cache: KVCache | PagedKVCache, offset: Any, options: Options) -> Queries:
     """The positions of the queries; offset: of query 0, where it is given."""
     B = query.shape[0]
     if offset is None:
@@ -192,26 +195,36 @@ def _queries(query: Array, cache: KVCache, offset: Any, options: Options) -> Que
 
 
 def _lost(
-    query: Array, cache: KVCache, prefix: KVCache | None, queries: Queries, options: Options
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    prefix: KVCache | None,
+    queries: Queries,
+    options: Options,
 ) -> Array:
     """Which queries should read a token that is not held, bool (B, T)."""
     t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])
-    if cache.window is not None:
+    held = cache.held[:, None] if isinstance(cache, PagedKVCache) else cache.slots
+    if isinstance(cache, KVCache) and cache.window is not None:
         lost = jnp.maximum(t - reach(cache, options)[0], 0) < cache.first[:, None]
     elif options.is_causal:
-        lost = t >= cache.slots
+        lost = t >= held
     else:
-        lost = (cache.lengths > cache.slots)[:, None]
+        lost = cache.lengths[:, None] > held
     if prefix is not None:
         lost = lost | (prefix.lengths > prefix.slots)[:, None]
     return lost & (t >= queries.first[:, None]) & (t < queries.end[:, None])
 
 
 def _checked(
-    query: Array, cache: KVCache, prefix: KVCache | None, arrays: Arrays, options: Options
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    prefix: KVCache | None,
+    arrays: Arrays,
+    options: Options,
 ) -> tuple[Array, Array | None]:
     """Where lengths are known, a token that is not held is an error."""
-    leaves = cache.lengths, cache.first, cache.offset, arrays.query_offset
+    first = cache.table if isinstance(cache, PagedKVCache) else cache.first
+    leaves = cache.lengths, first, cache.offset, arrays.query_offset
     leaves += () if prefix is None else (prefix.lengths,)
     if not any(isinstance(x, Tracer) for x in leaves):
         queries = _queries(query, cache, arrays.query_offset, options)
@@ -227,7 +240,11 @@ def _checked(
 
 @functools.partial(jax.jit, static_argnames="options")
 def _attend(
-    query: Array, cache: KVCache, prefix: KVCache | None, arrays: Arrays, options: Options
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    prefix: KVCache | None,
+    arrays: Arrays,
+    options: Options,
 ) -> tuple[Array, Array | None]:
     queries = _queries(query, cache, arrays.query_offset, options)
     lost = _lost(query, cache, prefix, queries, options)

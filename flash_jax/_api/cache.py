@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.bind import Sizes, bind_integers
-from .._checks.numbers import as_option, positive_integer
-from .._checks.shapes import as_floats, check_shape
+from .._checks.numbers import positive_integer
 from .._formats.slots import Appended, as_floats_of, quantized_rows, written
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
-
-
-class CachedArrays(NamedTuple):
-    """What a cache holds, in order of position."""
-
-    key: Array  # (B, S, K, H)
-    value: Array  # (B, S, K, Hv)
-    first: Array  # (B,): position of key 0
+from .cache_arguments import (
+    CachedArrays,
+    as_cache_dtype,
+    check_appended,
+    chosen_rows,
+    indices_of_rows,
+    is_known,
+    row_integers,
+)
 
 
 @functools.partial(
@@ -71,6 +66,7 @@ class KVCache:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from flash_jax import attend
         >>> cache = KVCache.empty(1, 16, kv_heads=2, head_dim=8)
         >>> x = jnp.ones((1, 3, 2, 8))
         >>> cache = cache.append(x, x)
@@ -117,6 +113,10 @@ class KVCache:
         Raises:
             ValueError: a size is not positive, the dtype is none of these, or window > length.
             TypeError: a size is no integer.
+
+        Example:
+            >>> KVCache.empty(1, 16, kv_heads=2, head_dim=8, dtype="int8").nbytes
+            768
         """
         sizes = dict(batch=batch, length=length, kv_heads=kv_heads, head_dim=head_dim)
         B, S, K, H = (positive_integer(name, size) for name, size in sizes.items())
@@ -125,14 +125,16 @@ class KVCache:
             window = positive_integer("window", window)
             if window > S:
                 raise ValueError(f"window must be at most length, {S}; it is {window}")
-        dtype = _as_dtype(dtype)
-        scales = (jnp.zeros((B, K, S), np.float32) for _ in range(2))
-        none = (jnp.zeros((B,), np.int32) for _ in range(4))
+        dtype = as_cache_dtype(dtype)
+        scales = [jnp.zeros((B, K, S), np.float32) if dtype == np.int8 else None for _ in "kv"]
         return cls(
             jnp.zeros((B, K, S, H), dtype),
             jnp.zeros((B, K, S, Hv), dtype),
-            *(scales if dtype == np.int8 else (None, None)),
-            *none,
+            *scales,
+            lengths=jnp.zeros((B,), np.int32),
+            begin=jnp.zeros((B,), np.int32),
+            offset=jnp.zeros((B,), np.int32),
+            first=jnp.zeros((B,), np.int32),
             window=window,
         )
 
@@ -168,20 +170,18 @@ class KVCache:
             ValueError: shapes or dtypes disagree, lengths are not in 0..T, or a row overflows,
                 where these are known.
             TypeError: an argument is of the wrong kind.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> x = jnp.ones((2, 3, 2, 8))
+            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x, [3, 1])
+            >>> cache.append(x, x).lengths.tolist()
+            [6, 4]
         """
-        key, value = as_floats(key=key, value=value)
         (B, K, S, H), Hv = self.keys.shape, self.values.shape[-1]
-        check_shape("key", key, "(B, T, K, H) of the cache", (B, None, K, H))
-        T = key.shape[1]
-        check_shape("value", value, "(B, T of key, K, Hv)", (B, T, K, Hv))
-        if not isinstance(left_padded, bool):
-            raise TypeError(f"left_padded must be a bool; it is {left_padded!r}")
-        count = self._rows("lengths", T if lengths is None else lengths)
-        if _known(count) and bool(jnp.any((count < 0) | (count > T))):
-            raise ValueError(f"lengths must be in 0..{T}; they are {count.tolist()}")
-        count = jnp.clip(count, 0, T)
+        key, value, count = check_appended(key, value, lengths, left_padded, (B, K, H, Hv))
         after = self.lengths + count
-        if self.window is None and _known(after) and bool(jnp.any(after > S)):
+        if self.window is None and is_known(after) and bool(jnp.any(after > S)):
             raise ValueError(
                 f"the cache must have slots for all tokens; it has {S}, and with these the "
                 f"lengths would be {after.tolist()}"
@@ -193,8 +193,15 @@ class KVCache:
 
         Args:
             lengths: int32 (B,) or a scalar, >= 0; a row that is shorter stays as it is.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> x = jnp.ones((2, 3, 2, 8))
+            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x, [3, 1])
+            >>> cache.truncate(2).lengths.tolist()
+            [2, 1]
         """
-        lengths = jnp.clip(self._rows("lengths", lengths), 0, self.lengths)
+        lengths = jnp.clip(row_integers("lengths", lengths, self.lengths.shape[0]), 0, self.lengths)
         return dataclasses.replace(
             self,
             lengths=lengths,
@@ -209,13 +216,15 @@ class KVCache:
 
         Args:
             rows: bool (B,), or indices of rows; default: all.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> x = jnp.ones((2, 3, 2, 8))
+            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x)
+            >>> cache.reset([1]).lengths.tolist()
+            [3, 0]
         """
-        B = self.lengths.shape[0]
-        chosen = jnp.full((B,), True) if rows is None else _as_array("rows", rows)
-        if chosen.dtype == np.bool_:
-            check_shape("rows", chosen, "bool (B,) or indices", (B,))
-        else:
-            chosen = jnp.zeros((B,), bool).at[_indices("rows", chosen, B)].set(True)
+        chosen = chosen_rows("rows", rows, self.lengths.shape[0])
         return self.truncate(jnp.where(chosen, 0, self.lengths))
 
     def reorder(self, rows: ArrayLike) -> KVCache:
@@ -223,9 +232,15 @@ class KVCache:
 
         Args:
             rows: indices, as many as the new cache is to have rows.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> x = jnp.ones((2, 3, 2, 8))
+            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x, [3, 1])
+            >>> cache.reorder([1, 1, 0]).lengths.tolist()
+            [1, 1, 3]
         """
-        rows = _indices("rows", _as_array("rows", rows), self.lengths.shape[0])
-        check_shape("rows", rows, "(rows of the new cache,)", (None,))
+        rows = indices_of_rows("rows", rows, self.lengths.shape[0])
         return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), self)
 
     def to_arrays(self) -> CachedArrays:
@@ -234,6 +249,13 @@ class KVCache:
         Returns:
             key (B, S, K, H) and value (B, S, K, Hv), float32 of int8, and first (B,): key i of a
             row has position ``first + i``.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> x = jnp.ones((2, 3, 2, 8))
+            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x)
+            >>> cache.to_arrays().key.shape
+            (2, 16, 2, 8)
         """
         first = jnp.maximum(self.lengths - self.slots, 0) * (self.window is not None)
         parts = (
@@ -249,11 +271,6 @@ class KVCache:
 
         key, value = (jax.vmap(row)(x, first, held) for x in parts)
         return CachedArrays(key, value, first)
-
-    def _rows(self, name: str, x: Any) -> Array:
-        """Integers, one for all rows or one per row, as int32 (B,)."""
-        B = self.lengths.shape[0]
-        return jnp.broadcast_to(bind_integers(name, as_option(name, x), "", Sizes(B)), (B,))
 
 
 @functools.partial(jax.jit, static_argnames="left_padded")
@@ -277,32 +294,3 @@ def _append(cache: KVCache, key: Array, value: Array, count: Array, left_padded:
         value_scales=put(cache.value_scales, v_scale),
         **moved,
     )
-
-
-def _known(x: Array) -> bool:
-    return not isinstance(x, Tracer)
-
-
-def _as_dtype(dtype: Any) -> np.dtype:
-    try:
-        found = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; it is {dtype!r}")
-    return np.dtype(jax.dtypes.canonicalize_dtype(found))
-
-
-def _as_array(name: str, x: Any) -> Array:
-    x = as_option(name, x)
-    if x is None or jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
-        raise TypeError(f"{name} must be bools or integers; it is {x!r}")
-    return jnp.asarray(x)
-
-
-def _indices(name: str, x: Array, B: int) -> Array:
-    if not jnp.issubdtype(x.dtype, np.integer):
-        raise TypeError(f"{name} must be integers; its dtype is {x.dtype}")
-    if _known(x) and bool(jnp.any((x < 0) | (x >= B))):
-        raise ValueError(f"{name} must be in 0..{B - 1}; they are {x.tolist()}")
-    return x

@@ -25,7 +25,8 @@ from .._passes.operands import Operands, Quantization
 from .._passes.primitives import attention
 from .cache import KVCache
 from .options import Arrays, Bound, Options, bind_options
-from .plan import plan_cached, plan_cached_int8, reads_in_place
+from .paged import PagedKVCache, gathered
+from .plan import plan_cached, plan_cached_int8, plan_paged, reads_in_place
 
 
 class Queries(NamedTuple):
@@ -40,9 +41,19 @@ class Queries(NamedTuple):
 
 
 def to_cache(
-    query: Array, cache: KVCache, queries: Queries, arrays: Arrays, options: Options
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    queries: Queries,
+    arrays: Arrays,
+    options: Options,
 ) -> tuple[Array, Array | None]:
     """Attention to the tokens of a cache: output, of query's dtype, and lse if it is asked for."""
+    if isinstance(cache, PagedKVCache):
+        paged = query, cache, queries, arrays
+        # Many queries, and derivatives, read a copy in order.
+        if not reads_in_place(query, cache.keys):
+            return _in_copies(options, *paged)
+        return straight_through((options,), _in_pages, _in_copies, *paged)
     args = query, cache, queries, arrays
     if cache.keys.dtype == np.int8:
         return straight_through((options,), _in_integers, _at_integers, *args)
@@ -67,6 +78,29 @@ def _in_floats(
     plan = plan_cached(query, cache.keys, bound, options.machine, options.lse, few)
     out, lse = attention(operands, plan)
     return out.astype(dtype), lse
+
+
+def _in_pages(
+    options: Options, query: Array, cache: PagedKVCache, queries: Queries, arrays: Arrays
+) -> tuple[Array, Array | None]:
+    """Few queries, which find keys and values through the table."""
+    dtype, query = query.dtype, query.astype(cache.keys.dtype)
+    arrays = arrays._replace(key_value_seq_lengths=jnp.minimum(cache.lengths, cache.held))
+    bound = _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options)
+    k, v = cache.keys[None], cache.values[None]
+    operands = Operands(query, k, v, bound.scores, bound.sinks, pages=cache.table)
+    plan = plan_paged(query, cache.keys, cache.table, bound, options.machine, options.lse)
+    out, lse = attention(operands, plan)
+    return out.astype(dtype), lse
+
+
+def _in_copies(
+    options: Options, query: Array, cache: PagedKVCache, queries: Queries, arrays: Arrays
+) -> tuple[Array, Array | None]:
+    keys, values = gathered(cache)
+    lengths, first = jnp.minimum(cache.lengths, cache.held), jnp.zeros_like(cache.lengths)
+    copy = KVCache(keys, values, None, None, lengths, cache.begin, cache.offset, first)
+    return _in_floats(options, query, copy, queries, arrays)
 
 
 def _in_integers(
@@ -117,14 +151,13 @@ def _bound(
         arrays = arrays._replace(mask=HeldMask(jnp.maximum(cache.first, 0) - first))
         options = options._replace(window=reach(cache, options))
         cache, queries = _in_order(cache), queries.later(-first)
-    return cache, _bind(query, cache, queries, arrays, options)
+    return cache, _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options)
 
 
 def _bind(
-    query: Array, cache: KVCache, queries: Queries, arrays: Arrays, options: Options
+    query: Array, K: int, S: int, queries: Queries, arrays: Arrays, options: Options
 ) -> Bound:
-    _, K, S, H = cache.keys.shape
-    key: Any = jax.ShapeDtypeStruct((query.shape[0], S, K, H), query.dtype)
+    key: Any = jax.ShapeDtypeStruct((query.shape[0], S, K, query.shape[-1]), query.dtype)
     offset, first, end = queries
     mask: Mask = TokenMask(first - offset, end - offset)
     if arrays.mask is not None:
@@ -139,7 +172,8 @@ def _bound_to_ring(
     left, right = reach(cache, options)
     mask = RingMask(cache.lengths, cache.first, queries.offset, left, right)
     options = options._replace(is_causal=False, window=None)
-    bound = _bind(query, cache, queries, arrays._replace(mask=mask), options)
+    arrays = arrays._replace(mask=mask)
+    bound = _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options)
     slopes = bound.scores.alibi_slopes
     if slopes is None:
         return bound

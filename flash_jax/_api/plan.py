@@ -18,6 +18,7 @@ from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
 from .._formats.in_place import InPlace
 from .._formats.int8 import MOST_SUMMED, Int8
+from .._formats.pages import Pages
 from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Plan
@@ -189,6 +190,18 @@ def plan_cached_int8(
         lse,
     )
     return _with_few(plan, BytesInPlace(), keys) if few else plan
+
+
+def plan_paged(query: Any, pool: Any, table: Any, bound: Any, here: Machine, lse: bool) -> Plan:
+    """The plan of few queries for a pool (pages, K, P, H) and a table (B, M)."""
+    (_, K, P, H), M = pool.shape, table.shape[1]
+    plan = plan_cached(
+        query, np.broadcast_to(pool.dtype.type(0), (1, K, M * P, H)), bound, here, lse, True
+    )
+    most = max(1, plan.few_keys // P)
+    count = max(n for n in range(1, M + 1) if M % n == 0 and n <= most)
+    few = Pages(_multiplied(query.dtype, here))
+    return dataclasses.replace(plan, few=few, few_keys=count * P)
 
 
 def _with_few(plan: Plan, number_format: Any, keys: Any) -> Plan:

@@ -23,8 +23,8 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.numbers import as_reals, positive_integer
 from .._checks.shapes import accumulator, as_floats, check_shape
+from .blocks import as_block_shape, given_scales
 from .indexing import taken
 
 LEVELS = 127
@@ -178,30 +178,11 @@ def quantize(
         Jacob et al., 2017, section 2.1, https://arxiv.org/abs/1712.05877
     """
     (x,) = as_floats(x=x)
-    blocks = _as_block_shape(block_shape, x.shape)
+    blocks = as_block_shape(block_shape, x.shape)
     finite = jnp.all(jnp.isfinite(x))  # inside a jit it is traced, even where x is not
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError("x must be finite; it has a NaN or an infinity")
-    return _quantize(x, blocks, None if scales is None else _given(scales, x.shape, blocks))
-
-
-def _given(scales: Any, shape: tuple[int, ...], blocks: tuple[int, ...]) -> Array:
-    """Scales that the caller gives, one per block."""
-    scales = as_reals("scales", scales)
-    if isinstance(scales, str | bool) or not jnp.issubdtype(
-        jnp.asarray(scales).dtype, jnp.floating
-    ):
-        raise TypeError(f"scales must be floats; they are {scales!r}")
-    if not isinstance(scales, Tracer) and bool(np.any(np.asarray(scales) < 0)):
-        raise ValueError(f"scales must be >= 0; they are {scales}")
-    counts = tuple(-(-size // block) for size, block in zip(shape, blocks, strict=True))
-    scales = jnp.asarray(scales, np.float32)
-    try:
-        return jnp.broadcast_to(scales, counts)
-    except ValueError:
-        raise ValueError(
-            f"scales must broadcast to one per block, {counts}; their shape is {scales.shape}"
-        ) from None
+    return _quantize(x, blocks, None if scales is None else given_scales(scales, x.shape, blocks))
 
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = np.float32) -> Array:
@@ -301,21 +282,3 @@ def _in_blocks(x: Array, axis: int, block: int, fill: float | bool) -> Array:
     padding[axis] = (0, count * block - x.shape[axis])
     x = jnp.pad(x, padding, constant_values=fill)
     return x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :])
-
-
-def _as_block_shape(
-    block_shape: Sequence[int | None] | None, shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    if block_shape is None:
-        block_shape = (None,) * len(shape)
-    if not isinstance(block_shape, tuple | list):
-        raise TypeError(f"block_shape must be a tuple or None; it is {block_shape!r}")
-    if len(block_shape) != len(shape):
-        raise ValueError(
-            f"block_shape must have an entry per axis of x, {len(shape)}; it is {block_shape!r}"
-        )
-    return tuple(
-        # An axis of no position is one block of one.
-        max(size, 1) if block is None else min(positive_integer("block_shape", block), max(size, 1))
-        for size, block in zip(shape, block_shape, strict=True)
-    )

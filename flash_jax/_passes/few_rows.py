@@ -25,7 +25,7 @@ from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .nonfinite import finite, with_nonfinite
-from .operands import Dimensions, Operands, kv_tile, varying_as, with_sinks
+from .operands import Dimensions, Operands, varying_as, with_sinks
 from .plan import Plan
 from .walk import over
 
@@ -68,7 +68,7 @@ def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     """The state (instances, heads, rows) after all keys that are read."""
     whole = lambda: _step(operands, plan, tile, jnp.int32(0), start)  # noqa: E731
     start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
-    if tiles.kv.count == 1:
+    if tiles.kv.count == 1 and operands.pages is None:
         state = whole()
     else:
         read = tiles.each(lambda tile, operands: operands.scores.schedule_row(tile), operands)
@@ -77,7 +77,7 @@ def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
         at = lambda i, state: _step(operands, plan, tiles, order[i].astype(np.int32), state)  # noqa: E731
         loop = lambda: over(end, at, varying_as(operands, start))  # noqa: E731
         few = 5 * tiles.kv.block * end <= 2 * tile.kv.length  # measured: about as fast there
-        state = lax.cond(few, loop, whole)
+        state = lax.cond(few, loop, whole) if operands.pages is None else loop()
 
     def finish(tile: QueryTile, arrays: tuple[Operands, online.State]) -> online.State:
         return with_sinks(arrays[0], tile, _of_instance(tile, arrays[1]))
@@ -92,7 +92,8 @@ def _mended(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     def at(j: Array, carry: tuple[online.State, Array]) -> tuple[online.State, Array]:
         def add(tile: QueryTile, arrays: tuple[Operands, Array]) -> Array:
             operands, others = arrays
-            v = kv_tile(plan, tile, operands.v, j, others.dtype)
+            assert plan.few is not None
+            v = plan.few.products(operands, plan, tile).values(j)
             return with_nonfinite(operands.scores.keep(tile, j), v, tile.of_instance(others))
 
         state, others = carry

@@ -405,7 +405,7 @@ def test_kinds_that_are_refused(rng):
     cache = empty("window").append(key, value)
     with pytest.raises(NotImplementedError, match="bias must be None where the cache has a window"):
         attend(query, cache, np.zeros((1, 1, 3, SLOTS), np.float32))
-    with pytest.raises(TypeError, match="cache must be a KVCache; it is list"):
+    with pytest.raises(TypeError, match="cache must be a KVCache or PagedKVCache; it is list"):
         attend(query, [])
     with pytest.raises(TypeError, match="rows must be bools or integers"):
         cache.reset(0.5)
