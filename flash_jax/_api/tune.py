@@ -16,7 +16,7 @@ from .._checks.bind import Sizes
 from .._checks.numbers import check_bool, check_probability_dtype, positive_integer
 from .._formats.quantized import QuantizedArray
 from .._machine.processor import machine
-from .._machine.tile_rule import Problem, fastest_blocks, score_bytes
+from .._machine.tile_rule import Problem, fastest_blocks, kernel_blocks, score_bytes
 from .._machine.timing import alternate
 from .._machine.tuned import store
 from .._tiles.tile import BlockSizes
@@ -86,8 +86,8 @@ def tune(
     call = functools.partial(function, query, key, value, **options)
     jax.eval_shape(call)  # its errors come first
     problem = _problem(query, key, int8, options)
-    rule = fastest_blocks(machine(), problem)
-    seconds = _measure(call, [rule, *_candidates(problem, rule)], 1)
+    rule, *others = _candidates(problem)
+    seconds = _measure(call, [rule, *others], 1)
     finalists = sorted(seconds, key=lambda blocks: np.median(seconds[blocks]))[:_FINALISTS]
     seconds = _measure(call, list(dict.fromkeys([rule, *finalists])), rounds)
     gain = {blocks: np.median(seconds[rule] / x) for blocks, x in seconds.items()}
@@ -112,15 +112,18 @@ def _problem(query: Any, key: Any, int8: bool, given: dict[str, Any]) -> Problem
     return options.problem(query, key, masked=mask is not None)
 
 
-def _candidates(problem: Problem, rule: BlockSizes) -> list[BlockSizes]:
-    """Tiles of other lengths. A step can hold their scores of one key/value head."""
-    most = 2 * score_bytes(machine()) // (4 * problem.groups)
+def _candidates(problem: Problem) -> list[BlockSizes]:
+    """The rules' tiles, then others. A step can hold the scores of one key/value head."""
+    here = machine()
+    rules = [rule(here, problem) for rule in (kernel_blocks, fastest_blocks)]
+    most = 2 * score_bytes(here) // (4 * problem.groups)
     pairs = (
         BlockSizes(min(q, problem.T), min(kv, problem.S))
         for q in (*_LENGTHS, problem.T)
         for kv in (*_LENGTHS, problem.S)
     )
-    return [x for x in dict.fromkeys(pairs) if x != rule and 0 < x.q * x.kv <= most]
+    pairs = (x for x in pairs if 0 < x.q * x.kv <= most)
+    return list(dict.fromkeys([*rules[not here.one_kernel :], *pairs]))
 
 
 def _measure(call: Any, candidates: list[BlockSizes], rounds: int) -> dict[BlockSizes, np.ndarray]:

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from .._tiles.load import put_tile, take_tile
 from .._tiles.tile import QueryTile
+from .._tiles.xla import apart
 from .operands import Differentiable, Dimensions, Operands
 from .plan import Plan
 from .scores import Local
@@ -50,7 +51,7 @@ class Gradients:
         for name in ("k", "v"):
             if name in sums:
                 turned = jnp.swapaxes(sums[name], 2, 3)
-                sums[name] = jnp.moveaxis(turned, 2, self.plan.kv_layout.value)
+                sums[name] = apart(jnp.moveaxis(turned, 2, self.plan.kv_layout.value))
         return {name: x.astype(shapes[name].dtype) for name, x in sums.items()}
 
     def add_instances(self, tile: QueryTile, of_each: Gradients) -> Gradients:

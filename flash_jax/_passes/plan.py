@@ -15,11 +15,13 @@ from .._tiles.tile import BlockSizes
 from .products import Format
 
 # Of a step of kernels. No score is stored, but would be should XLA not fuse: 256 MiB at the most.
-# Copies of queries, keys and values are: past 8 MiB each call pays for fresh pages.
 KERNEL_SCORES = 2**26
-KERNEL_NUMBERS = 2**21
-# Of the two tiles of scores that a step of the backward pass stores.
-BACKWARD_BYTES = 2**23
+# Per core, since every operation of a step wakes all cores and waits for them: how many numbers of
+# queries, keys and values a step of kernels copies, and how many bytes of scores a step of the
+# backward pass stores. For more cores than these temporaries would grow beyond 64 MiB.
+KERNEL_NUMBERS = 2**20
+BACKWARD_BYTES = 2**22
+_MOST_CORES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Plan:
         dtype: of the output.
         format: how a tile is multiplied.
         step_scores: how many float32 scores a step should hold.
+        cores: of the device.
         step_numbers: how many numbers of queries, keys, values and output a step of several
             instances should hold; None: as few as the scores allow.
         kernel: positions per tile of the fast way, one kernel per tile; None: there is none, and
@@ -56,6 +59,7 @@ class Plan:
     dtype: np.dtype
     format: Format
     step_scores: int
+    cores: int = 1
     step_numbers: int | None = None
     kernel: BlockSizes | None = None
     multiplied: np.dtype | None = None
@@ -70,7 +74,7 @@ class Plan:
     def of_kernels(self) -> Plan:
         """The plan of the walk that makes one kernel of a tile."""
         assert self.kernel is not None
-        scores, numbers = KERNEL_SCORES, KERNEL_NUMBERS
+        scores, numbers = KERNEL_SCORES, min(self.cores, _MOST_CORES) * KERNEL_NUMBERS
         return dataclasses.replace(
             self, blocks=self.kernel, step_scores=scores, step_numbers=numbers
         )
@@ -80,5 +84,6 @@ class Plan:
         """The plan of the backward pass where it makes kernels of full tiles."""
         assert self.multiplied is not None
         blocks = BlockSizes(min(self.blocks.q, 512), min(self.blocks.kv, 512))
-        scores = BACKWARD_BYTES // (2 * self.multiplied.itemsize)
+        stored = min(self.cores, _MOST_CORES) * BACKWARD_BYTES
+        scores = stored // (2 * self.multiplied.itemsize)
         return dataclasses.replace(self, blocks=blocks, step_scores=scores)

@@ -71,7 +71,10 @@ def over_query_tiles(
         )
         return step(tile, carry)
 
-    steps = as_int32(dims.instances // together * (dims.K // heads) * q.count)
+    steps = dims.instances // together * (dims.K // heads) * q.count
+    if unless is None and known(steps) and steps == 1:
+        return at(jnp.int32(0), carry)
+    steps = as_int32(steps)
     if unless is not None:
         steps = jnp.where(unless, np.int32(0), steps)
     return _loop(np.int32(0), steps, at, varying_as(operands, carry))

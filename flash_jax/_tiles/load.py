@@ -23,8 +23,9 @@ def heads_first(x: Array) -> Array:
     """
     heads = x.shape[2]
     if heads not in range(2, _MOST_STACKED + 1):
-        return jnp.swapaxes(x, 1, 2)
-    return jnp.stack([lax.index_in_dim(x, n, 2, keepdims=False) for n in range(heads)], axis=1)
+        return apart(jnp.swapaxes(x, 1, 2))
+    each = [lax.index_in_dim(x, n, 2, keepdims=False) for n in range(heads)]
+    return apart(jnp.stack(each, axis=1))
 
 
 @heads_first.defjvp
@@ -66,4 +67,6 @@ def put_tile(
 ) -> Array:
     """x with tile (entries, heads, size, H) written from entry, head and start on."""
     tile = jnp.moveaxis(tile, 2, layout.value)
+    if tile.shape == x.shape:
+        return apart(tile) if layout is Layout.HEADS_LAST else tile
     return lax.dynamic_update_slice(x, tile, layout.axes(entry, head, start, _ZERO))

@@ -1,0 +1,26 @@
+"""What is written another way for XLA is the same number."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flash_jax._tiles.xla import apart
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "uint8"])
+def test_apart_is_the_identity(dtype):
+    values = np.arange(-128, 128) if dtype != "uint8" else np.arange(256)
+    x = jnp.asarray(values).astype(dtype)
+    if dtype not in ("int8", "uint8"):
+        x = jnp.concatenate([x / 7, jnp.array([jnp.nan, jnp.inf, -jnp.inf, -0.0], dtype)])
+    np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (jax.jit(apart)(x), x)))
+
+
+def test_apart_is_linear_in_both_modes():
+    x = jnp.array([0.5, -3.0, jnp.inf])
+    _, moved = jax.jvp(apart, (x,), (2 * jnp.ones(3),))
+    assert moved.tolist() == [2.0] * 3
+    assert jax.grad(lambda x: jnp.sum(apart(x)))(x).tolist() == [1.0] * 3
