@@ -14,6 +14,7 @@ from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
 from .._formats.bytes_in_place import BytesInPlace
+from .._formats.columns import Columns
 from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
 from .._formats.in_place import InPlace
@@ -65,16 +66,17 @@ def plan_floats(
     if query.dtype == jnp.bfloat16 and here.bfloat16:
         dtype = np.dtype(jnp.bfloat16)
     q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(here) // 4
-    number_format = Floats(dtype)
+    number_format, columns = Floats(dtype), False
     if kv_layout is Layout.HEADS_LAST and 0 not in (K, T, S):
         rows = N // K * q.block
         if few_rows(rows, heads_per_step(step_scores, K, rows * kv.block)):
             number_format = FewRows(dtype)
+            columns = dtype == jnp.bfloat16 and few_rows(rows, K) and not dropout_rate
     # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
     if H == 1 or dtype == np.float64 or dropout_rate or not isinstance(number_format, Floats):
         kernel = None
     kernel = _tiles_of_kernels(here, kernel, B, N, T, S)
-    return Plan(
+    plan = Plan(
         blocks=blocks,
         layout=layout,
         kv_layout=kv_layout,
@@ -90,6 +92,7 @@ def plan_floats(
         dropout_rate=dropout_rate,
         broadcast_dropout=broadcast_dropout,
     )
+    return _with_few(plan, Columns(), key, K) if columns and all(map(known, (B, S))) else plan
 
 
 def _tiles_of_kernels(
@@ -171,7 +174,7 @@ def plan_cached(query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few
     plan = plan_floats(query, key, bound.blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
     dtype = _multiplied(query.dtype, here)
     plan = dataclasses.replace(plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype))
-    return _with_few(plan, InPlace(dtype), keys) if few else plan
+    return _with_few(plan, InPlace(dtype), keys, K) if few else plan
 
 
 def plan_cached_int8(
@@ -191,7 +194,7 @@ def plan_cached_int8(
         None if few else bound.kernel,
         lse,
     )
-    return _with_few(plan, BytesInPlace(), keys) if few else plan
+    return _with_few(plan, BytesInPlace(), keys, keys.shape[1]) if few else plan
 
 
 def plan_paged(query: Any, pool: Any, table: Any, bound: Any, here: Machine, lse: bool) -> Plan:
@@ -206,9 +209,9 @@ def plan_paged(query: Any, pool: Any, table: Any, bound: Any, here: Machine, lse
     return dataclasses.replace(plan, few=few, few_keys=count * P)
 
 
-def _with_few(plan: Plan, number_format: Any, keys: Any) -> Plan:
+def _with_few(plan: Plan, number_format: Any, keys: Any, K: int) -> Plan:
     """The plan of few query rows, with the tiles for where part of the keys is read."""
-    row = keys.shape[1] * keys.shape[3] * keys.dtype.itemsize
+    row = K * keys.shape[3] * keys.dtype.itemsize
     part = max(64, min(1024, FEW_BYTES // (plan.elements * row)) // 64 * 64)
     return dataclasses.replace(plan, few=number_format, few_keys=part)
 

@@ -6,12 +6,13 @@ than a part of them, as in a cache that is not full yet, is a loop over the tile
 faster.
 
 A NaN or an infinity among the values reaches all rows, masked or not, since 0 * NaN is NaN. So
-where the sums are not finite, they are computed again of finite values, and rows get the others
-that they may read (``nonfinite``).
+where the sums are not finite, they are computed again of finite values, in the format of the walk,
+and rows get the others that they may read (``nonfinite``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,9 @@ from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .nonfinite import finite, with_nonfinite
-from .operands import Dimensions, Operands, varying_as, with_sinks
+from .operands import Dimensions, Operands, kv_tile, varying_as, with_sinks
 from .plan import Plan
+from .products import Products
 from .walk import over
 
 
@@ -88,17 +90,21 @@ def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
 def _mended(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     """The state of all instances where some value is NaN or infinite, read or not."""
     start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
+    paged = operands.pages is not None
+    careful = plan if paged else dataclasses.replace(plan, few=plan.format)
 
     def at(j: Array, carry: tuple[online.State, Array]) -> tuple[online.State, Array]:
         def add(tile: QueryTile, arrays: tuple[Operands, Array]) -> Array:
             operands, others = arrays
-            assert plan.few is not None
-            v = plan.few.products(operands, plan, tile).values(j)
+            if paged:
+                v = _products(operands, plan, tile).values(j)
+            else:
+                v = kv_tile(plan, tile, operands.v, j, others.dtype)
             return with_nonfinite(operands.scores.keep(tile, j), v, tile.of_instance(others))
 
         state, others = carry
         others = tiles.each(add, (operands, others))
-        return _step(operands, plan, tiles, j, state, finite), others
+        return _step(operands, careful, tiles, j, state, finite), others
 
     def finish(tile: QueryTile, arrays: tuple[Operands, online.State, Array]) -> online.State:
         operands, state, others = arrays
@@ -137,8 +143,7 @@ def _step(
 
     def step(tile: QueryTile, arrays: tuple[Operands, online.State]) -> online.State:
         (operands, state), scores = arrays, arrays[0].scores
-        assert plan.few is not None
-        products = plan.few.products(operands, plan, tile)
+        products = _products(operands, plan, tile)
         s = scores.logits(tile, j, scores.local(tile, j), products.scores(j))
         if not scores.always_full(tile.kv):
             s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
@@ -148,3 +153,8 @@ def _step(
         return online.absorb(_of_instance(tile, state), s, values, weigh, exp)
 
     return tile.each(step, (operands, state))
+
+
+def _products(operands: Operands, plan: Plan, tile: QueryTile) -> Products:
+    assert plan.few is not None
+    return plan.few.products(operands, plan, tile)
