@@ -113,7 +113,7 @@ def test_any_schedule_of_calls(kind, schedule, garbage, seed):
     assert cache.lengths.tolist() == rows.lengths
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["float32", "window", "int8"])
 def test_the_chunks_of_a_prompt(kind, rng):
     """More queries than are read in place: through tiles, against what is there already."""
     cache, rows = both(kind, garbage=True, slots=61)
@@ -123,8 +123,9 @@ def test_the_chunks_of_a_prompt(kind, rng):
         assert_agrees(cache, rows, query)
 
 
-@pytest.mark.parametrize("T", [3, 19])
-@pytest.mark.parametrize("kind", ["float32", "window", "int8 window"])
+@pytest.mark.parametrize(
+    ("kind", "T"), [("float32", 3), ("window", 3), ("window", 19), ("int8 window", 3)]
+)
 def test_options_mean_what_they_mean_elsewhere(kind, T, rng):
     cache, rows = both(kind, slots=41)
     options = {
@@ -310,7 +311,7 @@ def test_a_cache_of_int8_has_the_gradients_of_its_numbers(rng):
     np.testing.assert_allclose(mine, theirs, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8 window"])
+@pytest.mark.parametrize("kind", ["int8 window"])
 def test_vmap_is_the_loop_over_caches(kind, rng):
     caches, queries = [], []
     for lengths in ((3, 2), (1, 3)):
