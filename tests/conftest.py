@@ -81,6 +81,21 @@ QUICK = (
 )
 KINDS = {"floor": FLOOR, "quick": QUICK}
 
+# LLVM takes most of the time to compile. It optimizes the programs of these files and of the kinds
+# above; all others are tests of formulas. `pytest --optimized` has it optimize those, too.
+OPTIMIZED = (
+    "test_int8_accuracy.py",
+    "test_kernel.py",
+    "test_minilm.py",
+    "test_output.py",
+    "test_peers.py",
+    "test_short.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile all programs as users do")
+
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config, items):
@@ -101,6 +116,14 @@ def pytest_collection_modifyitems(config, items):
         exists = any(Path(__file__).parent.rglob(file))
         if file in files or not exists:
             raise pytest.UsageError(f"tests/conftest.py names tests that are not there: {start}")
+
+
+@pytest.fixture(autouse=True)
+def _optimized(request):
+    item = request.node
+    optimized = item.path.name in OPTIMIZED or any(map(item.get_closest_marker, KINDS))
+    optimized = optimized or request.config.option.optimized
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture
