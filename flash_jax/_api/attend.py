@@ -202,7 +202,7 @@ def _lost(
     options: Options,
 ) -> Array:
     """Which queries should read a token that is not held, bool (B, T)."""
-    t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])
+    t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])[None]
     held = cache.held[:, None] if isinstance(cache, PagedKVCache) else cache.slots
     if isinstance(cache, KVCache) and cache.window is not None:
         lost = jnp.maximum(t - reach(cache, options)[0], 0) < cache.first[:, None]

@@ -257,12 +257,13 @@ class KVCache:
             >>> cache.to_arrays().key.shape
             (2, 16, 2, 8)
         """
-        first = jnp.maximum(self.lengths - self.slots, 0) * (self.window is not None)
+        first = jnp.maximum(self.lengths - self.slots, 0)
+        first = jnp.zeros_like(first) if self.window is None else first
         parts = (
             as_floats_of(self.keys, self.key_scales),
             as_floats_of(self.values, self.value_scales),
         )
-        position = first[:, None] + lax.iota(np.int32, self.slots)
+        position = first[:, None] + lax.iota(np.int32, self.slots)[None]
         held = (position >= self.first[:, None]) & (position < self.lengths[:, None])
 
         def row(x: Array, first: Array, held: Array) -> Array:

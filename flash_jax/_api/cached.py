@@ -177,7 +177,7 @@ def _bound_to_ring(
     slopes = bound.scores.alibi_slopes
     if slopes is None:
         return bound
-    t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])
+    t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])[None]
     slot = lax.iota(np.int32, cache.slots)[None]
     s = position_of(slot, cache.lengths[:, None], cache.slots)
     distance = jnp.abs(t[:, :, None] - s[:, None]).astype(slopes.dtype)
@@ -188,7 +188,7 @@ def _bound_to_ring(
 def _in_order(cache: KVCache) -> KVCache:
     """A copy of a ring, in order: slot i has position length - S + i."""
     first = jnp.mod(cache.lengths, np.int32(cache.slots))
-    slot = jnp.mod(first[:, None] + lax.iota(np.int32, cache.slots), np.int32(cache.slots))
+    slot = jnp.mod(first[:, None] + lax.iota(np.int32, cache.slots)[None], np.int32(cache.slots))
     ordered = jax.vmap(lambda x, slot: jnp.take(x, slot, axis=1, unique_indices=True))
     names = "keys", "values", "key_scales", "value_scales"
     held = {name: getattr(cache, name) for name in names}

@@ -199,7 +199,7 @@ class PagedKVCache:
         """
         lengths = row_integers("lengths", lengths, self.lengths.shape[0])
         lengths = jnp.clip(lengths, 0, self.lengths)
-        page = lax.iota(np.int32, self.table.shape[1])
+        page = lax.iota(np.int32, self.table.shape[1])[None]
         kept = page * np.int32(self.page_size) < lengths[:, None]
         return dataclasses.replace(
             self,
@@ -252,7 +252,7 @@ class PagedKVCache:
             >>> PagedKVCache.empty(1, 64, 2, 8, pages=6).append(x, x).to_arrays().key.shape
             (1, 64, 2, 8)
         """
-        position = lax.iota(np.int32, self.slots)
+        position = lax.iota(np.int32, self.slots)[None]
         held = (position < jnp.minimum(self.lengths, self.held)[:, None])[..., None, None]
         parts = (jnp.swapaxes(x, 1, 2) for x in gathered(self))
         key, value = (jnp.where(held, x, 0) for x in parts)

@@ -42,7 +42,7 @@ def with_pages(
         new: the new ones.
     """
     B, M = table.shape
-    count, index = users(table, pages), lax.iota(np.int32, M)
+    count, index = users(table, pages), lax.iota(np.int32, M)[None]
     begin, last = index * np.int32(size), lengths // np.int32(size)
     # Never one whose first tokens found no page: it would look as if it held them.
     missing = (begin >= lengths[:, None]) & (begin < new.end[:, None])

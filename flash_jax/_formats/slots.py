@@ -27,7 +27,7 @@ class Appended(NamedTuple):
     def of(cls, T: int, lengths: Array, count: Array, left_padded: bool) -> Appended:
         """Of ``count`` tokens behind ``lengths`` others, both (B,)."""
         offset, end = lengths - (T - count if left_padded else 0), lengths + count
-        position = offset[:, None] + lax.iota(np.int32, T)
+        position = offset[:, None] + lax.iota(np.int32, T)[None]
         return cls(
             offset, position, (position >= lengths[:, None]) & (position < end[:, None]), end
         )

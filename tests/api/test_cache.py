@@ -420,3 +420,18 @@ def test_a_cache_is_of_every_batch_that_jit_sees(rng):
     assert (
         functools.reduce(lambda n, x: n + x.nbytes, (cache.keys, cache.values), 0) == cache.nbytes
     )
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8 window"])
+def test_strict_modes_of_jax(kind, rng):
+    key, value, query = tokens(rng, 3)
+    slopes = np.ones(N, np.float32)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+    ):
+        cache = empty(kind).append(key, value, [3, 2])
+        cache = cache.reorder([1, 0]).truncate(2).reset([1])
+        assert np.isfinite(attend(query, cache.append(key, value), alibi_slopes=slopes)).all()
+        assert cache.to_arrays().key.shape == (B, SLOTS, K, H)
