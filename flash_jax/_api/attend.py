@@ -256,6 +256,8 @@ def _attend(
         # Its tokens come before all others. A sink counts once.
         lengths = jnp.broadcast_to(prefix.lengths, query.shape[:1])
         prefix = dataclasses.replace(prefix, lengths=lengths)
+        if isinstance(cache, KVCache) and cache.window is not None:
+            options = options._replace(window=(reach(cache, options)[0], None))
         arrays, options = arrays._replace(sinks=None), options._replace(is_causal=False)
         shared = to_cache(query, prefix, queries.later(lengths), arrays, options)
         out, lse = merge_attention(*zip(own, shared, strict=True))  # pyright: ignore

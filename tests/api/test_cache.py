@@ -362,6 +362,17 @@ def test_a_prefix_comes_before_all_tokens(shared, T, rng):
         assert not np.any(mine[0][~real])
 
 
+def test_the_window_of_a_cache_ends_within_its_prefix(rng):
+    k, v, _ = tokens(rng, 6)
+    prefix, (cache, rows) = empty().append(k, v), both("window", slots=31)
+    rows.append(k, v, (6, 6))
+    for T in (1, 3):
+        key, value, query = tokens(rng, T)
+        cache = grow(cache, rows, "window", key, value, (T, T))
+    exact, _ = rows.attend(query)
+    np.testing.assert_allclose(attend(query, cache, prefix=prefix), exact, atol=3e-6)
+
+
 def test_without_causality_all_tokens_are_read(rng):
     key, value, _ = tokens(rng, 9)
     cache, query = empty().append(key, value, [9, 4]), tokens(rng, 4)[2]
