@@ -1,9 +1,12 @@
 """FlashAttention for CPUs: exact attention in linear memory, as pure JAX functions."""
 
+from ._api.attend import attend as attend
+from ._api.attend import attend_with_lse as attend_with_lse
 from ._api.attention import flash_attention as flash_attention
 from ._api.attention import flash_attention_with_lse as flash_attention_with_lse
 from ._api.attention_int8 import flash_attention_int8 as flash_attention_int8
 from ._api.attention_int8 import flash_attention_int8_with_lse as flash_attention_int8_with_lse
+from ._api.cache import KVCache as KVCache
 from ._api.config import FlashAttentionConfig as FlashAttentionConfig
 from ._api.core_mesh import core_mesh as core_mesh
 from ._api.dot_product_attention import dot_product_attention as dot_product_attention
@@ -12,6 +15,7 @@ from ._api.kernels import flash_attention_forward_i8 as flash_attention_forward_
 from ._api.kernels import flash_mha as flash_mha
 from ._api.kernels import flash_mha_i8 as flash_mha_i8
 from ._api.merge import merge_attention as merge_attention
+from ._api.paged import PagedKVCache as PagedKVCache
 from ._api.patch import patch_jax_nn as patch_jax_nn
 from ._api.reference import reference_attention as reference_attention
 from ._api.ring import ring_attention as ring_attention

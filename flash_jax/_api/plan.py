@@ -6,15 +6,20 @@ carried by the ``Plan``. Tiles are chosen before, by the rule or by ``tune`` (``
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
+from .._formats.bytes_in_place import BytesInPlace
+from .._formats.columns import Columns
 from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
-from .._formats.int8 import Int8
+from .._formats.in_place import InPlace
+from .._formats.int8 import MOST_SUMMED, Int8
+from .._formats.pages import Pages
 from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Part, Plan
@@ -26,6 +31,8 @@ from .._tiles.tile import Axis, BlockSizes
 # In a step: XLA's library does not take operations with fewer elements than 4,096, and where there
 # are few scores one more way of computing them is not worth its time to compile.
 FEWEST_SCORES = 2**16
+MOST_FEW = 16  # queries that are multiplied with a cache at once
+FEW_BYTES = 2**22  # of a tile of keys: past 8 MiB of copies each step pays for fresh pages
 
 
 def plan_floats(
@@ -64,16 +71,17 @@ def plan_floats(
     if query.dtype == jnp.bfloat16 and here.bfloat16:
         dtype = np.dtype(jnp.bfloat16)
     q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(here) // 4
-    number_format = Floats(dtype)
+    number_format, columns = Floats(dtype), False
     if kv_layout is Layout.HEADS_LAST and 0 not in (K, T, S):
         rows = N // K * q.block
         if few_rows(rows, heads_per_step(step_scores, K, rows * kv.block)):
             number_format = FewRows(dtype)
+            columns = dtype == jnp.bfloat16 and few_rows(rows, K) and not dropout_rate
     # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
     if H == 1 or dtype == np.float64 or dropout_rate or not isinstance(number_format, Floats):
         kernel = None
     kernel = _tiles_of_kernels(here, kernel, B, N, T, S)
-    return Plan(
+    plan = Plan(
         blocks=blocks,
         layout=layout,
         kv_layout=kv_layout,
@@ -90,6 +98,7 @@ def plan_floats(
         broadcast_dropout=broadcast_dropout,
         part=part,
     )
+    return _with_few(plan, Columns(), key, K) if columns and all(map(known, (B, S))) else plan
 
 
 def _tiles_of_kernels(
@@ -144,3 +153,80 @@ def plan_int8(
         fused=Axis.of(S, blocks.kv).block <= FUSED_KEYS,
         part=part,
     )
+
+
+def reads_in_place(query: Any, keys: Any) -> bool:
+    """Whether query (B, T, N, H) is multiplied with all keys (B or 1, K, S, H) of a cache at once.
+
+    Few rows take less time than reading the keys, which tiles of them copy.
+    """
+    (B, T, _, _), S = query.shape, keys.shape[2]
+    if not all(map(known, (B, T, S))):
+        return False
+    return T <= MOST_FEW and (keys.dtype != np.int8 or S <= MOST_SUMMED)
+
+
+def plan_cached(query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool) -> Plan:
+    """The plan for keys and values of a cache, heads first.
+
+    Args:
+        query: (B, T, N, H).
+        keys: (B or 1, K, S, H).
+        bound: the options, and the tiles of both ways.
+        here: the machine that the call is compiled for.
+        lse: whether it is asked for.
+        few: as ``reads_in_place``.
+    """
+    _, K, S, H = keys.shape
+    key = np.broadcast_to(np.int8(0), (1, S, K, H))
+    kernel = None if few else bound.kernel
+    plan = plan_floats(query, key, bound.blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
+    dtype = _multiplied(query.dtype, here)
+    plan = dataclasses.replace(plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype))
+    return _with_few(plan, InPlace(dtype), keys, K) if few else plan
+
+
+def plan_cached_int8(
+    query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool
+) -> Plan:
+    """As ``plan_cached``, for keys and values in 8 bits."""
+    # With a scale per value, probabilities are rounded to bfloat16, or not at all.
+    probabilities = np.dtype(jnp.bfloat16 if here.bfloat16 else np.float32)
+    plan = plan_int8(
+        query,
+        keys.shape[2],
+        bound.blocks,
+        Layout.HEADS_LAST,
+        np.dtype(query.dtype),
+        here,
+        probabilities,
+        None if few else bound.kernel,
+        lse,
+    )
+    return _with_few(plan, BytesInPlace(), keys, keys.shape[1]) if few else plan
+
+
+def plan_paged(query: Any, pool: Any, table: Any, bound: Any, here: Machine, lse: bool) -> Plan:
+    """The plan of few queries for a pool (pages, K, P, H) and a table (B, M)."""
+    (_, K, P, H), M = pool.shape, table.shape[1]
+    plan = plan_cached(
+        query, np.broadcast_to(pool.dtype.type(0), (1, K, M * P, H)), bound, here, lse, True
+    )
+    most = max(1, plan.few_keys // P)
+    count = max(n for n in range(1, M + 1) if M % n == 0 and n <= most)
+    few = Pages(_multiplied(query.dtype, here))
+    return dataclasses.replace(plan, few=few, few_keys=count * P)
+
+
+def _with_few(plan: Plan, number_format: Any, keys: Any, K: int) -> Plan:
+    """The plan of few query rows, with the tiles for where part of the keys is read."""
+    row = K * keys.shape[3] * keys.dtype.itemsize
+    part = max(64, min(1024, FEW_BYTES // (plan.elements * row)) // 64 * 64)
+    return dataclasses.replace(plan, few=number_format, few_keys=part)
+
+
+def _multiplied(dtype: Any, here: Machine) -> np.dtype:
+    """What numbers of a dtype are multiplied as."""
+    if dtype == jnp.bfloat16 and here.bfloat16:
+        return np.dtype(jnp.bfloat16)
+    return accumulator(dtype)

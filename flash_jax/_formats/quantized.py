@@ -23,8 +23,9 @@ from jax import numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.numbers import positive_integer
 from .._checks.shapes import accumulator, as_floats, check_shape
+from .blocks import as_block_shape, given_scales
+from .indexing import taken
 
 LEVELS = 127
 
@@ -38,6 +39,11 @@ LEVELS = 127
 class QuantizedArray:
     """An array as int8 values, and scales that blocks of them share.
 
+    It is indexed like an array, with integers, slices and an ellipsis that take whole blocks, or a
+    position of one: ``x[:, :64]``. ``x.at[index].set(y)`` is a copy with another part, as JAX's
+    arrays have it: y is quantized, and brings its scales, or is a float array, and is rounded at
+    the scales that are there.
+
     Attributes:
         values: int8, in -127..127.
         scales: float32, as many axes: along each, one scale per block, the last of which may be
@@ -48,6 +54,8 @@ class QuantizedArray:
         >>> x = quantize(jnp.ones((6, 4)), (3, None))
         >>> x.shape, x.scales.shape, x.nbytes
         ((6, 4), (2, 1), 32)
+        >>> x[3:, 0].shape, x.at[5].set(jnp.zeros(4)).values[4:].tolist()
+        ((3,), [[127, 127, 127, 127], [0, 0, 0, 0]])
     """
 
     values: Array
@@ -69,11 +77,55 @@ class QuantizedArray:
         """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
+    def __getitem__(self, index: Any) -> QuantizedArray:
+        """The part that the index takes."""
+        part = taken(index, self.shape, self.blocks)
+        return QuantizedArray(self.values[part.values], self.scales[part.scales], part.blocks)
+
+    @property
+    def at(self) -> _At:
+        """As of JAX's arrays: ``x.at[index].set(y)``."""
+        return _At(self)
+
     @property
     def blocks(self) -> tuple[int, ...]:
         """``block_shape`` of the axes at hand; ``vmap`` takes and adds leading ones."""
         missing = self.ndim - len(self.block_shape)
         return (1,) * missing + self.block_shape[max(0, -missing) :]
+
+
+class _At:
+    def __init__(self, x: QuantizedArray) -> None:
+        self._x = x
+
+    def __getitem__(self, index: Any) -> _Part:
+        return _Part(self._x, index)
+
+
+class _Part:
+    """A part of an array that may be set."""
+
+    def __init__(self, x: QuantizedArray, index: Any) -> None:
+        self._x, self._taken = x, taken(index, x.shape, x.blocks)
+
+    def set(self, y: ArrayLike | QuantizedArray) -> QuantizedArray:
+        """The array with y in place of the part; y must broadcast to it."""
+        x, part = self._x, self._taken
+        if isinstance(y, QuantizedArray):
+            old = QuantizedArray(x.values[part.values], x.scales[part.scales], part.blocks)
+            fits = y.shape == old.shape and y.scales.shape == old.scales.shape
+            if not (part.whole and fits):
+                raise ValueError(
+                    "y must have the shape and the blocks of the part, and this must be of whole "
+                    f"blocks: {old.shape} in {old.blocks}; it is {y.shape} in {y.blocks}"
+                )
+            scales = x.scales.at[part.scales].set(y.scales)
+            return QuantizedArray(x.values.at[part.values].set(y.values), scales, x.block_shape)
+        (y,) = as_floats(y=y)
+        old = x[part.values]
+        scales = spread(old.scales, old.shape, old.blocks)
+        y = round_to_int8(jnp.broadcast_to(y, old.shape).astype(np.float32), scales)
+        return QuantizedArray(x.values.at[part.values].set(y), x.scales, x.block_shape)
 
 
 # For exported functions that take one.
@@ -85,8 +137,12 @@ export.register_pytree_node_serialization(
 )
 
 
-def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> QuantizedArray:
-    """``x`` as int8 with symmetric scales, ``max |x| / 127`` of each block.
+def quantize(
+    x: ArrayLike,
+    block_shape: Sequence[int | None] | None = None,
+    scales: ArrayLike | None = None,
+) -> QuantizedArray:
+    """``x`` as int8 with symmetric scales: given ones, or ``max |x| / 127`` of each block.
 
     For keys or values (B, S, K, H)::
 
@@ -99,6 +155,8 @@ def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> Q
         x: float32, bfloat16, float16, or float64 under x64.
         block_shape: positions that share a scale, for every axis of x; None is the whole axis.
             Need not divide the axes.
+        scales: float, broadcastable to one per block; >= 0 where they are known. What is beyond 127
+            scales is cut to it, so that calls share scales that were found before.
 
     Returns:
         The values and scales. A block of zeros has scale 0, as has one whose magnitudes are all
@@ -106,7 +164,8 @@ def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> Q
         NaN or an infinity, its scale is NaN, and it dequantizes to NaN.
 
     Raises:
-        ValueError: block_shape does not fit x, or x is not traced and has a NaN or an infinity.
+        ValueError: block_shape or scales do not fit x, or x is not traced and has a NaN or an
+            infinity.
         TypeError: x is no float array, or block_shape holds no integers.
 
     Example:
@@ -119,11 +178,11 @@ def quantize(x: ArrayLike, block_shape: Sequence[int | None] | None = None) -> Q
         Jacob et al., 2017, section 2.1, https://arxiv.org/abs/1712.05877
     """
     (x,) = as_floats(x=x)
-    blocks = _as_block_shape(block_shape, x.shape)
+    blocks = as_block_shape(block_shape, x.shape)
     finite = jnp.all(jnp.isfinite(x))  # inside a jit it is traced, even where x is not
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError("x must be finite; it has a NaN or an infinity")
-    return _quantize(x, blocks)
+    return _quantize(x, blocks, None if scales is None else given_scales(scales, x.shape, blocks))
 
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = np.float32) -> Array:
@@ -196,7 +255,7 @@ def scales_of(amax: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(x: Array, block_shape: tuple[int, ...]) -> QuantizedArray:
+def _quantize(x: Array, block_shape: tuple[int, ...], given: Array | None) -> QuantizedArray:
     x = x.astype(accumulator(x.dtype))
     # Apart from the maximum, in which XLA:CPU may lose a NaN.
     finite = jnp.isfinite(x)
@@ -204,7 +263,7 @@ def _quantize(x: Array, block_shape: tuple[int, ...]) -> QuantizedArray:
     for axis, block in enumerate(block_shape):
         amax = jnp.max(_in_blocks(amax, axis, block, 0), axis=axis + 1)
         all_finite = jnp.all(_in_blocks(all_finite, axis, block, True), axis=axis + 1)
-    scales = jnp.where(all_finite, scales_of(amax), jnp.nan)
+    scales = jnp.where(all_finite, scales_of(amax) if given is None else given, jnp.nan)
     values = round_to_int8(x, spread(scales, x.shape, block_shape).astype(x.dtype))
     return QuantizedArray(values, scales, block_shape)
 
@@ -223,21 +282,3 @@ def _in_blocks(x: Array, axis: int, block: int, fill: float | bool) -> Array:
     padding[axis] = (0, count * block - x.shape[axis])
     x = jnp.pad(x, padding, constant_values=fill)
     return x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :])
-
-
-def _as_block_shape(
-    block_shape: Sequence[int | None] | None, shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    if block_shape is None:
-        block_shape = (None,) * len(shape)
-    if not isinstance(block_shape, tuple | list):
-        raise TypeError(f"block_shape must be a tuple or None; it is {block_shape!r}")
-    if len(block_shape) != len(shape):
-        raise ValueError(
-            f"block_shape must have an entry per axis of x, {len(shape)}; it is {block_shape!r}"
-        )
-    return tuple(
-        # An axis of no position is one block of one.
-        max(size, 1) if block is None else min(positive_integer("block_shape", block), max(size, 1))
-        for size, block in zip(shape, block_shape, strict=True)
-    )

@@ -115,6 +115,12 @@ def to_operands(integers: Integers, scale: Array) -> tuple[Array, Array, Array, 
     return unsigned(q), heads_first(k), heads_first(v), quantization
 
 
+def quantized_queries(query: Array) -> tuple[Array, Array]:
+    """Queries (B, T, N, H) as uint8, and a scale (B, N, T) for each."""
+    q, scale = _by_row(query.astype(np.float32))
+    return unsigned(q), jnp.swapaxes(scale[..., 0], 1, 2)
+
+
 def unsigned(q: Array) -> Array:
     """int8 queries as uint8, with ``ZERO_POINT`` for 0."""
     return (q.astype(np.int32) + ZERO_POINT).astype(np.uint8)

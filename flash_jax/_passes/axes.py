@@ -65,9 +65,11 @@ def operand_axes(operands: Operands, plan: Plan) -> Operands:
         mask = jax.tree.unflatten(jax.tree.structure(mask), mask.array_axes())
     scores: Any = ("B", mask, "B", "BN", "B", "BNTS")
     quantization: Any = ("BNT", "BNT", "BKS", "BKS", "BKS.")
+    if operands.pages is not None:  # pools, whose pages any row may have
+        kv = "..K.."
     named: Any = (
         *(_laid_out(plan.layout, "N", "T"), kv, kv, Scores(*scores)),
-        *("BN", "B.", Quantization(*quantization)),
+        *("BN", "B.", Quantization(*quantization), "B."),
     )
     return jax.tree.map(
         lambda x, axes: None if x is None else axes,

@@ -19,6 +19,7 @@ from .._tiles.load import put_tile, take_tiles
 from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
+from .few_rows import attend_few
 from .kernel import kernel_tile, whole_rows
 from .nonfinite import all_finite, finite, with_kept_nonfinite
 from .operands import Dimensions, Operands, kept_weights, with_sinks
@@ -54,6 +55,8 @@ def forward(operands: Operands, plan: Plan) -> Results:
         sinks = operands.sinks.astype(dims.acc)[..., None]
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
+    if plan.few is not None:
+        return attend_few(operands, plan, results)
     right = done = None
     if plan.kernel is not None:
         results, right = _by_kernels(operands, plan, results)
@@ -68,7 +71,7 @@ def forward(operands: Operands, plan: Plan) -> Results:
 
 def output(operands: Operands, plan: Plan) -> Array:
     """The output alone."""
-    if plan.kernel is None or not _in_whole_rows(operands, plan):
+    if plan.few or plan.kernel is None or not _in_whole_rows(operands, plan):
         return forward(operands, plan).out
 
     def step(tile: QueryTile, out: Array) -> Array:

@@ -41,12 +41,16 @@ def with_kept_nonfinite(
 
     def add(j: Array, o: Array) -> Array:
         v = kv_tile(plan, tile, operands.v, j, o.dtype)
-        kept = operands.scores.keep(tile, j).astype(o.dtype)
-        kinds = [jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)]
-        for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
-            seen = dot(kept, kind.astype(o.dtype))
-            o += jnp.where(seen > 0, jnp.array(value, o.dtype), 0)
-        return o
+        return with_nonfinite(operands.scores.keep(tile, j), v, o)
 
     show = lambda o: over_key_tiles(operands, tile, step, o)  # noqa: E731
     return lax.cond(in_every_element(clean), lambda o: o, show, o)
+
+
+def with_nonfinite(kept: Array, v: Array, o: Array) -> Array:
+    """o (heads, rows, Hv) with the NaN and infinities of v (heads, keys, Hv) that are kept."""
+    kinds = [jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)]
+    for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
+        seen = dot(kept.astype(o.dtype), kind.astype(o.dtype))
+        o += jnp.where(seen > 0, jnp.array(value, o.dtype), 0)
+    return o

@@ -45,6 +45,7 @@ class Operands(NamedTuple):
     sinks: Array | None = None  # (B, N): one more logit in the denominator
     dropout_key: Array | None = None  # (B, 2) uint32; (1, 2) where all elements drop the same
     quantization: Quantization | None = None  # None: of floats
+    pages: Array | None = None  # (B, M): where k and v are pools (1, pages, K, P, H), a row's pages
     origin: Origin | None = None  # (1,) int32 each; None: these are all arrays of the call
 
 
@@ -110,6 +111,8 @@ class Dimensions(NamedTuple):
         q, k, v, *_ = operands
         entries = [x.shape[0] for x in jax.tree.leaves(operands)]
         (_, N, T, H), (_, K, S, _) = plan.layout.sizes(q), plan.kv_layout.sizes(k)
+        if operands.pages is not None:
+            K, S = k.shape[-3], operands.pages.shape[1] * k.shape[-2]
         acc = accumulator(plan.dtype)
         return cls(largest(entries), N, T, K, S, H, v.shape[-1], acc)
 

@@ -69,6 +69,8 @@ class Plan:
         kernel: positions per tile of the fast way, one kernel per tile; None: there is none, and
             the exact loop serves alone.
         multiplied: what kernels of the backward pass multiply; None: there are none.
+        few: how few query rows are multiplied with all keys at once; None: tile by tile.
+        few_keys: keys per tile of that, where no more than a part of them is read.
         lse: whether the caller asks for lse, and not for the output alone.
         fused: whether XLA makes one kernel of product, maximum and difference of whole rows, which
             then is the fastest way.
@@ -89,6 +91,8 @@ class Plan:
     step_numbers: int | None = None
     kernel: BlockSizes | None = None
     multiplied: np.dtype | None = None
+    few: Format | None = None
+    few_keys: int = 0
     lse: bool = True
     fused: bool = False
     dropout_rate: float = 0.0

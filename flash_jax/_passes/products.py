@@ -16,8 +16,8 @@ class Products(NamedTuple):
     """What the loop over the key tiles of one query tile multiplies."""
 
     scores: Callable[[Array], Array]  # j -> scale * q . k, (heads, rows, block_kv)
-    values: Callable[[Array], Array]  # j -> v (heads, block_kv, Hv), or as weigh takes it
-    weigh: Callable[[Array, Array], Array]  # p (heads, rows, block_kv), v -> p v (heads, rows, Hv)
+    values: Callable[[Array], Any]  # j -> v (heads, block_kv, Hv), or as weigh takes it
+    weigh: Callable[[Array, Any], Array]  # p (heads, rows, block_kv), v -> p v (heads, rows, Hv)
     finish: Callable[[Array], Array]  # sums of p v (heads, rows, Hv) -> in the unit of the values
     absorb: Callable[..., online.State] = online.absorb  # (state, s, v, weigh, exp) -> state
     exp: Callable[[Array], Array] = exp

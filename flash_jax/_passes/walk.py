@@ -124,6 +124,11 @@ def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry
     )[1]
 
 
+def over(count: Array, step: Callable[[Array, C], C], carry: C) -> C:
+    """Folds step(i, carry) over 0..count-1, as the walk does."""
+    return _loop(np.int32(0), count, step, carry)
+
+
 def heads_per_step(step_scores: int, heads: int, scores: int) -> int:
     """How many key/value heads share a step; divides ``heads``.
 

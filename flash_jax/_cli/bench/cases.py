@@ -108,6 +108,8 @@ CASES = {
         Case("vision-197", "patches of an image", 16, 197, 12, 12, 64),
         Case("decode-16k", "one token of a large decoder", 1, 1, 32, 8, 128, keys=16384),
         Case("decode-2k", "one token, eight sequences", 8, 1, 16, 16, 64, keys=2048),
+        Case("decode-4k", "one token of a large decoder, a batch", 8, 1, 32, 8, 128, keys=4096),
+        Case("speculate-16k", "eight tokens at once", 1, 8, 32, 8, 128, keys=16384),
         Case("train-2k", "forward and backward", 1, 2048, 8, 8, 64, gradient=True),
         Case("train-causal-2k", "the same, causal", 1, 2048, 8, 8, 64, True, gradient=True),
         Case("train-4k", "the same, large", 1, 4096, 8, 8, 128, gradient=True),

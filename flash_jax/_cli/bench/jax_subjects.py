@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ from jax import Array
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..._api.attend import attend
 from ..._api.attention import flash_attention
 from ..._api.attention_int8 import flash_attention_int8
+from ..._api.cache import KVCache
 from ..._api.core_mesh import core_mesh
 from .cases import Case
 from .subjects import MATMUL, Subject
@@ -27,6 +30,24 @@ def ours(case: Case, inputs: list[np.ndarray]) -> Subject:
 def ours_int8(case: Case, inputs: list[np.ndarray]) -> Subject:
     """Compiles flash_attention_int8."""
     return _compiled(case, flash_attention_int8, inputs)
+
+
+def ours_cached(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles attend, with keys and values in a KVCache of their dtype."""
+    return _cached(case, inputs, case.dtype)
+
+
+def ours_cached_int8(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Compiles attend, with keys and values in a KVCache of int8."""
+    return _cached(case, inputs, "int8")
+
+
+def _cached(case: Case, inputs: list[np.ndarray], dtype: str) -> Subject:
+    query, key, value = (jnp.asarray(x, case.dtype) for x in inputs[:3])
+    cache = KVCache.empty(case.B, case.S, case.K, case.H, dtype=dtype).append(key, value)
+    return _subject(
+        lambda q, cache: (attend(q, cache, is_causal=case.is_causal),), [query, cache], 1
+    )
 
 
 def jax_nn(case: Case, inputs: list[np.ndarray]) -> Subject:
@@ -64,13 +85,17 @@ def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarr
 
     place = _divided(case) if case.devices > 1 else jax.device_put
     arrays = [place(x.astype(jnp.dtype(case.dtype))) for x in inputs]
+    return _subject(run, arrays, 1 + case.gradient)
+
+
+def _subject(run: Callable[..., tuple[Array, ...]], arrays: list[Any], results: int) -> Subject:
     start = time.perf_counter()
     compiled = jax.jit(run).lower(*arrays).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Subject(
         lambda: jax.block_until_ready(compiled(*arrays)),
-        lambda: [np.asarray(x, np.float32) for x in compiled(*arrays)[: 1 + case.gradient]],
+        lambda: [np.asarray(x, np.float32) for x in compiled(*arrays)[:results]],
         seconds,
         None if memory is None else memory.temp_size_in_bytes,
     )

@@ -48,6 +48,10 @@ class Entry(NamedTuple):
         return max(self.coarse, _TOLERANCES[case.dtype])
 
 
+def _decodes(case: Case) -> bool:
+    return case.keys is not None and _no_options(case)
+
+
 def _torch_can(case: Case) -> bool:
     return case.documents == 1 and case.filled is None
 
@@ -69,6 +73,8 @@ SUBJECTS = {
     OURS: Entry(".jax_subjects", "ours", lambda _: True),
     OURS_INT8: Entry(".jax_subjects", "ours_int8", lambda case: not case.gradient, coarse=0.1),
     "jax.nn": Entry(".jax_subjects", "jax_nn", lambda case: case.documents == 1),
+    "flash_jax cache": Entry(".jax_subjects", "ours_cached", _decodes),
+    "flash_jax cache int8": Entry(".jax_subjects", "ours_cached_int8", _decodes, coarse=0.1),
     TORCH: Entry(".peers", "torch_attention", _torch_can, ("torch",)),
     "ONNX Runtime": Entry(
         ".peers", "onnxruntime_attention", _onnxruntime_can, ("onnxruntime", "onnx")
