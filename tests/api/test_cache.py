@@ -423,14 +423,11 @@ def test_kinds_that_are_refused(rng):
         cache.reset(0.5)
 
 
-def test_a_cache_is_of_every_batch_that_jit_sees(rng):
-    """Eager or under jit, the bits are the same."""
+def test_results_are_the_same_outside_jit(rng):
     key, value, query = tokens(rng, 3)
     cache = empty().append(key, value)
-    np.testing.assert_array_equal(attend(query, cache), with_lse(query, cache)[0])
-    assert (
-        functools.reduce(lambda n, x: n + x.nbytes, (cache.keys, cache.values), 0) == cache.nbytes
-    )
+    np.testing.assert_allclose(attend(query, cache), with_lse(query, cache)[0], atol=1e-6)
+    assert cache.nbytes == cache.keys.nbytes + cache.values.nbytes
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8 window"])
