@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
@@ -81,7 +80,7 @@ class RingMask(Mask):
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
         length, first, offset = map(tile.of_instance, (self.length, self.first, self.offset))
-        s = position_of(tile.s(j), length, tile.kv.length)
+        s = position_of(tile.s(j), length, tile.key_count)
         t = tile.t + offset
         kept = (s >= jnp.maximum(first, 0)) & (s >= t - self.left)
         return kept if self.right is None else kept & (s <= t + self.right)
@@ -91,7 +90,7 @@ class RingMask(Mask):
         return unknown, ~unknown
 
 
-def position_of(slot: Array, length: Array, slots: int) -> Array:
+def position_of(slot: Array, length: Array, slots: ArrayLike) -> Array:
     """The last position below ``length`` that lies in a slot of a ring; < 0: none yet."""
     last = length - 1
-    return last - jnp.mod(last - slot, np.int32(slots))
+    return last - jnp.mod(last - slot, slots)

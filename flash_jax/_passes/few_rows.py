@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -35,7 +36,7 @@ from .walk import over
 def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
     """The results of the forward pass, of the type, the shapes and the dtypes of ``results``."""
     dims = Dimensions.of(operands, plan)
-    tile = _all_rows(dims, plan)
+    tile = _all_rows(operands, plan)
     state = _state(operands, plan, tile)
     if jnp.issubdtype(operands.v.dtype, jnp.floating):
         clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
@@ -48,9 +49,9 @@ def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
     return type(results)(out, *(x.reshape(results.lse.shape) for x in (lse, state.m, state.l)))
 
 
-def _all_rows(dims: Dimensions, plan: Plan) -> QueryTile:
+def _all_rows(operands: Operands, plan: Plan) -> QueryTile:
     """All queries of all heads and instances, across from all keys."""
-    zero = jnp.int32(0)
+    dims, zero = Dimensions.of(operands, plan), jnp.int32(0)
     return QueryTile(
         Axis.of(dims.T, dims.T),
         Axis.of(dims.S, dims.S),
@@ -63,6 +64,7 @@ def _all_rows(dims: Dimensions, plan: Plan) -> QueryTile:
         groups=dims.N // dims.K,
         i=zero,
         together=dims.instances,
+        origin=jax.tree.map(lambda x: x[0], operands.origin),
     )
 
 
