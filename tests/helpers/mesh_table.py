@@ -8,13 +8,14 @@ It prints what fails, then how many checks passed.
 import sys
 import traceback
 
+import cached_on_devices
 import jax
 import mesh_contexts
 import partitioned
 import sharded
 
 TABLES = {
-    "jit": (partitioned.checks, mesh_contexts.checks),
+    "jit": (partitioned.checks, mesh_contexts.checks, cached_on_devices.checks),
     "shard_map": (sharded.checks,),
 }
 

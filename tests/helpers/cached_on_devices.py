@@ -1,0 +1,96 @@
+"""Caches that lie on several devices, beside those on one: run by ``mesh_table.py``.
+
+A program appends tokens and attends. It is compiled once, is looked at for what is gathered, and
+runs on 4 devices.
+"""
+
+import functools
+import re
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from flash_jax import KVCache, PagedKVCache, attend
+
+B, S, K, N, H = 4, 64, 4, 8, 16
+OF = {"batch": 0, "kv heads": 1, "keys": 2}  # the axis of keys (B, K, S, H) that is divided
+KINDS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "int8"},
+    "window": {"window": 24},
+}
+# Differences that rounding explains: of sums, of the output, and of probabilities to 16 bits.
+BOUNDS = {"float32": 2e-5, "window": 2e-5, "bfloat16": 2**-7, "int8": 2e-4}
+
+
+@jax.jit
+def step(cache, q, k, v):
+    cache = cache.append(k, v)
+    return attend(q, cache), cache
+
+
+def tokens(rng, T):
+    q, k, v = (rng.standard_normal((B, T, heads, H), np.float32) for heads in (N, K, K))
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def placed(mesh, axis, cache, arrays):
+    """The cache divided along an axis of its keys, and new tokens along it where they have it."""
+
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def of_cache(x):
+        divided = axis == 0 or (axis < x.ndim and x.ndim > 2)
+        return put(x, [None] * axis + ["x"] if divided else [])
+
+    spec = {0: ["x"], 1: [None, None, "x"], 2: []}[axis]
+    return jax.tree.map(of_cache, cache), [put(x, spec) for x in arrays]
+
+
+def compare(found, expected, bound):
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.max(np.abs(expected)))
+
+
+def check(kind, divided, T):
+    rng = np.random.default_rng(20180508)
+    cache = KVCache.empty(B, S, K, H, **KINDS[kind])
+    for count in (17, 14) if kind == "window" else (29,):  # the window's ring has gone round
+        cache = cache.append(*tokens(rng, count)[1:], [count, count, 11, 3])
+    arrays = tokens(rng, T)
+    expected, grown = step(cache, *arrays)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    cache, arrays = placed(mesh, OF[divided], cache, arrays)
+    compiled = step.lower(cache, *arrays).compile()
+    found, after = compiled(cache, *arrays)
+    compare(found, expected, BOUNDS[kind])
+    assert after.keys.sharding.is_equivalent_to(cache.keys.sharding, 4), after.keys.sharding
+    np.testing.assert_array_equal(
+        *(np.asarray(x.keys, np.float32) for x in (after, grown)), strict=True
+    )
+    # New tokens may be gathered, which are few, but nothing as long as the cache.
+    for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled.as_text()):
+        assert np.prod([int(n) for n in shape.split(",")]) <= B * T * K * H, shape
+
+
+def check_pages():
+    rng = np.random.default_rng(20180508)
+    cache = PagedKVCache.empty(B, 72, K, H, pages=40, page_size=8)
+    cache = cache.append(*tokens(rng, 29)[1:])
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    arrays = tokens(rng, 1)
+    expected, _ = step(cache, *arrays)
+    cache, arrays = placed(mesh, 1, cache, arrays)
+    compare(step(cache, *arrays)[0], expected, BOUNDS["float32"])
+
+
+def checks():
+    cases = [(kind, divided, 1) for kind in ("float32", "int8") for divided in OF]
+    cases += [("bfloat16", "keys", 1), ("window", "keys", 3), ("float32", "keys", 33)]
+    for case in cases:
+        yield f"cache: {case}", functools.partial(check, *case)
+    yield "cache: pages", check_pages
