@@ -221,8 +221,8 @@ def _add_bench(commands: Any) -> None:
         metavar="N",
         type=integer(1),
         default=1,
-        help="CPU devices that JAX's libraries divide the batch over, or the heads where it does "
-        "not divide; a case that neither divides runs on one (default: %(default)s)",
+        help="CPU devices that JAX's libraries divide the batch over, then heads, then queries; a "
+        "case that these do not divide runs on one (default: %(default)s)",
     )
     command.add_argument(
         "--torch-python",

@@ -165,16 +165,15 @@ def test_subjects_know_what_they_can_do(name, cases):
     assert [x for x, case in SMALL.items() if SUBJECTS[name].can(case)] == cases
 
 
-def test_devices_divide_the_batch_or_the_heads():
+def test_devices_divide_the_batch_then_heads_then_queries():
     divided = {name: over_devices(case, 2).divided for name, case in SMALL.items()}
-    assert divided == dict.fromkeys(SMALL, "B") | dict.fromkeys(("causal", "window"), "K") | (
-        dict.fromkeys(("packed", "train", "bf16"), "K")
-    )
-    assert over_devices(SMALL["gqa"], 3) == SMALL["gqa"]  # neither is a multiple
-    titles = [report.title(over_devices(SMALL[name], 2)) for name in ("full", "causal", "full")]
-    assert titles[0].endswith(", float32, the batch over 2 devices")
-    assert titles[1].endswith(", float32, heads over 2 devices")
-    assert report.title(SMALL["full"]).endswith(", float32")
+    by_heads = dict.fromkeys(("causal", "window", "packed", "train", "bf16"), (1, 2, 1))
+    assert divided == dict.fromkeys(SMALL, (2, 1, 1)) | by_heads
+    assert over_devices(SMALL["packed"], 6).divided == (1, 2, 3)
+    assert over_devices(SMALL["gqa"], 3) == SMALL["gqa"]  # none is a multiple
+    titles = [report.title(over_devices(SMALL["packed"], n)) for n in (6, 1)]
+    assert titles[0].endswith(", float32, 6 devices: heads / 2, queries / 3")
+    assert titles[1].endswith(", float32")
 
 
 @pytest.mark.parametrize("name", [OURS, "jax.nn"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,9 +78,12 @@ class Case(NamedTuple):
         return 2 * self.B * self.S * self.K * self.H * (2 if self.dtype == "bfloat16" else 4)
 
     @property
-    def divided(self) -> str | None:
-        """The axis that the devices divide, B or heads, K; None where they divide neither."""
-        return next((axis for axis in "BK" if getattr(self, axis) % self.devices == 0), None)
+    def divided(self) -> tuple[int, int, int] | None:
+        """Parts of the batch, heads and queries, one for each device; None: they do not divide."""
+        batch = math.gcd(self.B, self.devices)
+        heads = math.gcd(self.K, self.devices // batch)
+        queries = self.devices // batch // heads
+        return None if self.T % queries else (batch, heads, queries)
 
     @property
     def shape(self) -> str:
@@ -133,11 +137,11 @@ def twin(case: Case) -> Case:
 
 
 def over_devices(case: Case, count: int) -> Case:
-    """Makes the same case with its work divided over devices, as far as an axis divides.
+    """Makes the same case with its work divided over devices, or returns one that does not divide.
 
     Example:
-        >>> over_devices(CASES["train-128"], 2).divided
-        'B'
+        >>> over_devices(CASES["full-2k"], 16).divided
+        (1, 8, 2)
     """
     divided = case._replace(devices=count)
     return case if divided.divided is None else divided

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..._api.attend import attend
 from ..._api.attention import flash_attention
@@ -43,7 +43,7 @@ def ours_cached_int8(case: Case, inputs: list[np.ndarray]) -> Subject:
 
 
 def _cached(case: Case, inputs: list[np.ndarray], dtype: str) -> Subject:
-    query, key, value = (jnp.asarray(x, case.dtype) for x in inputs[:3])
+    query, key, value = _placed(case, inputs[:3])
     cache = KVCache.empty(case.B, case.S, case.K, case.H, dtype=dtype).append(key, value)
     return _subject(
         lambda q, cache: (attend(q, cache, is_causal=case.is_causal),), [query, cache], 1
@@ -66,11 +66,18 @@ def best_of_machine(case: Case, inputs: list[np.ndarray]) -> Subject:
     return Subject(lambda: function(x).block_until_ready(), lambda: [])
 
 
-def _divided(case: Case) -> Callable[[np.ndarray], Array]:
-    """Puts (B, positions, heads, size) on the devices; ``jit`` then divides the work."""
-    mesh = core_mesh(case.devices, axis_name="devices")
-    axes = ("devices",) if case.divided == "B" else (None, None, "devices")
-    return functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(*axes)))
+def _placed(case: Case, inputs: list[np.ndarray]) -> list[Array]:
+    """Query, key, value and cotangent on the devices; ``jit`` then divides the work."""
+    inputs = [x.astype(jnp.dtype(case.dtype)) for x in inputs]
+    if case.devices == 1 or case.divided is None:
+        return [jax.device_put(x) for x in inputs]
+    names = "batch", "heads", "queries"
+    devices = core_mesh(case.devices).devices.reshape(case.divided)
+    of_queries, of_keys = (
+        NamedSharding(Mesh(devices, names), PartitionSpec("batch", positions, "heads"))
+        for positions in ("queries", None)
+    )
+    return [jax.device_put(x, of_keys if i in (1, 2) else of_queries) for i, x in enumerate(inputs)]
 
 
 def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarray]) -> Subject:
@@ -83,9 +90,7 @@ def _compiled(case: Case, attention: Callable[..., Array], inputs: list[np.ndarr
         output, pull = jax.vjp(call, q, k, v)
         return output, *pull(*cotangent)
 
-    place = _divided(case) if case.devices > 1 else jax.device_put
-    arrays = [place(x.astype(jnp.dtype(case.dtype))) for x in inputs]
-    return _subject(run, arrays, 1 + case.gradient)
+    return _subject(run, _placed(case, inputs), 1 + case.gradient)
 
 
 def _subject(run: Callable[..., tuple[Array, ...]], arrays: list[Any], results: int) -> Subject:

@@ -58,8 +58,10 @@ def environment(peers: Mapping[str, str]) -> dict[str, str]:
 
 def title(case: Case) -> str:
     """Writes the title of a case's table."""
-    axes = {"B": "the batch", "K": "heads"}
-    over = "" if case.devices == 1 else f", {axes[case.divided or 'B']} over {case.devices} devices"
+    over = ""
+    if case.devices > 1 and case.divided is not None:
+        parts = zip(("batch", "heads", "queries"), case.divided, strict=True)
+        over = f", {case.devices} devices: " + ", ".join(f"{x} / {n}" for x, n in parts if n > 1)
     return f"{case.name}: {case.why}; {case.shape}, {case.dtype}{over}"
 
 
