@@ -18,6 +18,7 @@ from .._checks.numbers import as_option, check_integers
 from .._checks.shapes import as_floats, check_groups, check_heads, check_shape
 from .._masks.base import Mask
 from .cache import KVCache
+from .cache_arguments import check_axes
 from .cached import Queries, reach, to_cache
 from .merge import merge_attention
 from .options import Arrays, Options, check_options
@@ -44,6 +45,7 @@ def attend_arguments(
     """The arguments of attention to a cache, checked."""
     (query,) = as_floats(query=query)
     _check_cache(query, cache)
+    check_axes(query=query, cache=cache, prefix=prefix)
     arrays = Arrays(
         bias=bias,
         mask=mask,
@@ -141,7 +143,8 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         ValueError: shapes, dtypes or ranges disagree, or, where it is known, a query should read a
             token that is not held. The message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: bias or mask with a window or a prefix.
+        NotImplementedError: bias or mask with a window or a prefix, or an array that is sharded
+            over Explicit axes of a mesh.
 
     Example:
         >>> import jax.numpy as jnp

@@ -179,7 +179,7 @@ class KVCache:
             [6, 4]
         """
         (B, K, S, H), Hv = self.keys.shape, self.values.shape[-1]
-        key, value, count = check_appended(key, value, lengths, left_padded, (B, K, H, Hv))
+        key, value, count = check_appended(self, key, value, lengths, left_padded, (B, K, H, Hv))
         after = self.lengths + count
         if self.window is None and is_known(after) and bool(jnp.any(after > S)):
             raise ValueError(

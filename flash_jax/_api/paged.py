@@ -174,7 +174,7 @@ class PagedKVCache:
         """
         _, K, _, H = self.keys.shape
         sizes = self.lengths.shape[0], K, H, self.values.shape[-1]
-        key, value, count = check_appended(key, value, lengths, left_padded, sizes)
+        key, value, count = check_appended(self, key, value, lengths, left_padded, sizes)
         cache = _append(self, key, value, count, left_padded)
         if is_known(cache.lengths) and bool(jnp.any(cache.lengths > cache.held)):
             raise ValueError(

@@ -9,6 +9,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -88,9 +89,18 @@ def check_pages():
     compare(step(cache, *arrays)[0], expected, BOUNDS["float32"])
 
 
+def check_explicit():
+    rng = np.random.default_rng(20180508)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    cache, arrays = placed(mesh, 0, KVCache.empty(B, S, K, H), tokens(rng, 1))
+    with pytest.raises(NotImplementedError, match="cache must be sharded over Auto axes"):
+        step(cache, *arrays)
+
+
 def checks():
     cases = [(kind, divided, 1) for kind in ("float32", "int8") for divided in OF]
     cases += [("bfloat16", "keys", 1), ("window", "keys", 3), ("float32", "keys", 33)]
     for case in cases:
         yield f"cache: {case}", functools.partial(check, *case)
     yield "cache: pages", check_pages
+    yield "cache: explicit axes", check_explicit
