@@ -1,6 +1,6 @@
 """Attention on 4 devices, beside that on one: run by ``test_partition.py``.
 
-python tests/helpers/mesh_table.py jit|shard_map
+python tests/helpers/mesh_table.py jit|meshes|caches|shard_map
 
 It prints what fails, then how many checks passed.
 """
@@ -15,14 +15,16 @@ import partitioned
 import sharded
 
 TABLES = {
-    "jit": (partitioned.checks, mesh_contexts.checks, cached_on_devices.checks),
-    "shard_map": (sharded.checks,),
+    "jit": partitioned.checks,
+    "meshes": mesh_contexts.checks,
+    "caches": cached_on_devices.checks,
+    "shard_map": sharded.checks,
 }
 
 
 def main(table):
     assert jax.device_count() == 4
-    checks = [pair for checks in TABLES[table] for pair in checks()]
+    checks = list(TABLES[table]())
     passed = 0
     for name, check in checks:
         try:

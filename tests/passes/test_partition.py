@@ -6,7 +6,7 @@ import pytest
 from processes import run_script
 
 
-@pytest.mark.parametrize("table", ["jit", "shard_map"])
+@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes", "caches"])
 def test_the_mesh_table(table):
     """``jit`` gathers nothing that it need not, and nothing more is communicated than is stated."""
     printed = run_script("mesh_table.py", table, devices=4)
