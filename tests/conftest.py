@@ -86,8 +86,8 @@ QUICK = (
 )
 KINDS = {"floor": FLOOR, "quick": QUICK}
 
-# LLVM takes most of the time to compile. It optimizes the programs of these files and of the kinds
-# above; all others are tests of formulas. `pytest --optimized` has it optimize those, too.
+# LLVM takes most of the time to compile. It optimizes the programs of these files and of the quick
+# tests; all others are tests of formulas. `pytest --optimized` has it optimize those, too.
 OPTIMIZED = (
     "test_int8_accuracy.py",
     "test_kernel.py",
@@ -127,7 +127,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _optimized(request):
     item = request.node
-    optimized = item.path.name in OPTIMIZED or any(map(item.get_closest_marker, KINDS))
+    optimized = item.path.name in OPTIMIZED or item.get_closest_marker("quick") is not None
     optimized = optimized or request.config.option.optimized
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
