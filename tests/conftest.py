@@ -129,7 +129,9 @@ def _optimized(request):
     item = request.node
     optimized = item.path.name in OPTIMIZED or item.get_closest_marker("quick") is not None
     optimized = optimized or request.config.option.optimized
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    if jax.config.values["jax_disable_most_optimizations"] == optimized:
+        jax.config.update("jax_disable_most_optimizations", not optimized)
+        jax.clear_caches()  # a test of bits must not meet programs of both kinds
 
 
 @pytest.fixture
