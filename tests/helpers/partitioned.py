@@ -244,13 +244,13 @@ def collectives(compiled) -> dict[str, int]:
     return {x: len(re.findall(rf"= [^=]*\b{x}(?:-start)?\(", text)) for x in COLLECTIVES}
 
 
-def compare(found, expected):
+def compare(found, expected, bound=2e-5):
     for y, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         y = np.asarray(y)
         np.testing.assert_array_equal(np.isfinite(y), np.isfinite(right))
         y, right = (np.where(np.isfinite(x), x, 0) for x in (y, right))
         size = max(1.0, np.max(np.abs(right), initial=0))
-        np.testing.assert_allclose(y, right, rtol=0, atol=2e-5 * size)
+        np.testing.assert_allclose(y, right, rtol=0, atol=bound * size)
 
 
 def check_memory():
