@@ -279,10 +279,10 @@ def _append(cache: KVCache, key: Array, value: Array, count: Array, left_padded:
     new = Appended.of(key.shape[1], cache.lengths, count, left_padded)
     slot = new.slots(cache.slots, ring=cache.window is not None)
     put = functools.partial(written, slot=slot)
-    first, end = cache.first, cache.lengths + count
+    first = cache.first
     if cache.window is not None:
-        first = jnp.maximum(first, end - cache.slots)
-    moved = dict(lengths=end, begin=cache.lengths, offset=new.offset, first=first)
+        first = jnp.maximum(first, new.end - cache.slots)
+    moved = dict(lengths=new.end, begin=cache.lengths, offset=new.offset, first=first)
     if cache.key_scales is None or cache.value_scales is None:
         keys, values = put(cache.keys, key), put(cache.values, value)
         return dataclasses.replace(cache, keys=keys, values=values, **moved)

@@ -169,13 +169,14 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
     problem = options.problem(query, key, scores.mask is not None)
-    return Bound(scores, arrays.sinks, dropout_key, *tiles(options, problem), problem)
+    return Bound(scores, arrays.sinks, dropout_key, *tiles(options.blocks, problem), problem)
 
 
-def tiles(options: Options, problem: Problem) -> tuple[BlockSizes, BlockSizes]:
-    """Tiles of the exact loop and of the kernels, where the caller gives none."""
-    if options.blocks is not None:
-        return options.blocks, options.blocks
+def tiles(blocks: BlockSizes | None, problem: Problem | None) -> tuple[BlockSizes, BlockSizes]:
+    """Tiles of the exact loop and of the kernels: ``blocks``, or else the best for a problem."""
+    if blocks is not None:
+        return blocks, blocks
+    assert problem is not None
     return best_blocks(problem), best_blocks(problem, kernel_blocks)
 
 

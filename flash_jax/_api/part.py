@@ -9,10 +9,10 @@ import numpy as np
 
 from .._formats.int8 import Int8, summable
 from .._machine.processor import Machine
-from .._machine.tile_rule import Problem, kernel_blocks
-from .._machine.tuned import best_blocks
+from .._machine.tile_rule import Problem
 from .._passes.plan import Plan
 from .._tiles.tile import BlockSizes
+from .options import tiles
 from .plan import plan_floats, plan_int8
 
 
@@ -35,13 +35,11 @@ class PartOf:
     problem: Problem | None = None
 
     def __call__(self, plan: Plan, *, B: int, N: int, K: int, T: int, S: int) -> Plan:
-        blocks = kernel = self.blocks
-        if blocks is None or kernel is None:
-            assert self.problem is not None
-            problem = self.problem._replace(
-                T=T, S=S, heads=max(K, 1), groups=max(1, N // max(K, 1))
-            )
-            blocks, kernel = best_blocks(problem), best_blocks(problem, kernel_blocks)
+        problem = self.problem
+        if problem is not None:
+            heads = max(K, 1)
+            problem = problem._replace(T=T, S=S, heads=heads, groups=max(1, N // heads))
+        blocks, kernel = tiles(self.blocks, problem)
         query, key = (
             jax.ShapeDtypeStruct(
                 tuple(plan.layout.axes(B, heads, positions, self.head_dim)), self.dtype

@@ -67,9 +67,7 @@ def plan_floats(
         # Keys that are read more than once come into order by head first.
         read_once = known(T) and blocks.q >= T
         kv_layout = layout if read_once else Layout.HEADS_FIRST
-    dtype = accumulator(query.dtype)
-    if query.dtype == jnp.bfloat16 and here.bfloat16:
-        dtype = np.dtype(jnp.bfloat16)
+    dtype = _multiplied(query.dtype, here)
     q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(here) // 4
     number_format, columns = Floats(dtype), False
     if kv_layout is Layout.HEADS_LAST and 0 not in (K, T, S):

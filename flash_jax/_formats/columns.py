@@ -23,7 +23,8 @@ from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.load import slice_tile
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, rounded
+from .._tiles.xla import apart, dot_of_rows, rounded
+from .few_rows import of_all_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,7 @@ class Columns:
         assert not fused
         dtype, K, R = np.dtype(jnp.bfloat16), tile.heads, tile.rows
         q = apart(q_tile(plan, tile, operands.q, dtype))
-        own = np.eye(K, dtype=bool)[:, None, :, None]
-        columns = jnp.where(own, q[:, :, None], 0).reshape(K * R, -1)
+        rows = of_all_heads(q)
 
         def held(x: Array, j: Array) -> Array:
             """(keys, K H) of key tile j."""
@@ -47,18 +47,13 @@ class Columns:
                 return slice_tile(plan.kv_layout, x, *args).reshape(tile.kv.block, -1)
             return tile.of_instance(x).reshape(tile.kv.block, -1)
 
-        def multiplied(rows: Array, x: Array, axis: int) -> Array:
-            if len(rows) > 1:
-                return dot(rows, x, axis, np.float32)
-            # Of one row XLA would convert all keys (0.10, 0.12).
-            return dot(jnp.concatenate([rows, rows]), x, axis, np.float32)[:1]
-
         def scores(j: Array) -> Array:
-            s = multiplied(columns, held(operands.k, j), -1).reshape(K, R, -1)
+            s = dot_of_rows(rows, held(operands.k, j), -1, np.float32).reshape(K, R, -1)
             return rounded(s * tile.of_instance(operands.scores.scale))
 
         def weigh(p: Array, v: Array) -> Array:
-            o = multiplied(p.astype(dtype).reshape(K * R, -1), v, -2).reshape(K, R, K, -1)
+            p = p.astype(dtype).reshape(K * R, -1)
+            o = dot_of_rows(p, v, -2, np.float32).reshape(K, R, K, -1)
             return jnp.moveaxis(jnp.diagonal(o, axis1=0, axis2=2), -1, 0)
 
         return Products(

@@ -48,8 +48,7 @@ def _streaming_products(
     q = q_tile(plan, tile, operands.q, dtype)
     if dtype == acc:
         q = operands.scores.scaled(tile, q)
-    own = np.eye(tile.heads, dtype=bool)[:, None, :, None]
-    columns = jnp.where(own, q[:, :, None], 0).reshape(tile.heads * tile.rows, -1)
+    columns = of_all_heads(q)
 
     def positions(x: Array, j: Array) -> Array:
         """(block_kv, heads, H) of key tile j."""
@@ -81,6 +80,12 @@ def _streaming_products(
         weigh=_weigh,
         finish=lambda o: o,
     )
+
+
+def of_all_heads(q: Array) -> Array:
+    """Queries (heads, rows, H) as (heads * rows, heads * H), zero outside their heads."""
+    own = np.eye(len(q), dtype=bool)[:, None, :, None]
+    return jnp.where(own, q[:, :, None], 0).reshape(q.shape[0] * q.shape[1], -1)
 
 
 def _weigh(p: Array, v: Array) -> Array:

@@ -10,13 +10,12 @@ import dataclasses
 
 import numpy as np
 from jax import Array
-from jax import numpy as jnp
 
 from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, rounded
+from .._tiles.xla import apart, dot, dot_of_rows, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,8 @@ class InPlace:
             q = operands.scores.scaled(tile, q)
 
         whole = tile.kv.count == 1
-        # Of one row XLA would convert 16-bit keys, all of them, and a slice of others is multiplied
-        # several times slower (0.12; the former in 0.10, too).
-        twice = tile.rows == 1 and not (whole and self.dtype == acc)
+        # A slice is multiplied by one row several times slower, too (0.12).
+        product = dot if whole and self.dtype == acc else dot_of_rows
 
         def held(x: Array, j: Array) -> Array:
             if whole:
@@ -46,10 +44,7 @@ class InPlace:
             return kv_tile(plan, tile, x, j, self.dtype)
 
         def multiplied(rows: Array, x: Array, axis: int) -> Array:
-            rows = rows.astype(self.dtype)
-            if not twice:
-                return dot(rows, x, axis, acc)
-            return dot(jnp.concatenate([rows, rows], axis=1), x, axis, acc)[:, :1]
+            return product(rows.astype(self.dtype), x, axis, acc)
 
         def scores(j: Array) -> Array:
             s = multiplied(q, held(operands.k, j), -1)

@@ -16,7 +16,7 @@ from .._passes.operands import Dimensions, Operands, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot
+from .._tiles.xla import apart, dot_of_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +49,14 @@ class Pages:
             x = jnp.swapaxes(x.reshape(tile.heads, count, size, -1), 0, 1)
             return x.astype(self.dtype)
 
-        def multiplied(rows: Array, x: Array, axis: int) -> Array:
-            if tile.rows > 1:
-                return dot(rows, x, axis, acc)
-            # Of one row XLA would convert 16-bit keys, all of them (0.10, 0.12).
-            return dot(jnp.concatenate([rows, rows], axis=2), x, axis, acc)[:, :, :1]
-
         def scores(j: Array) -> Array:
-            s = multiplied(q, by_page(held(operands.k, j)), -1) * scale
+            s = dot_of_rows(q, by_page(held(operands.k, j)), -1, acc) * scale
             return jnp.moveaxis(s, 0, 2).reshape(tile.heads, tile.rows, -1)
 
         def weigh(p: Array, v: Array) -> Array:
             p = jnp.moveaxis(p.reshape(tile.heads, tile.rows, count, size), 2, 0)
-            return jnp.sum(multiplied(apart(p.astype(self.dtype)), by_page(v), -2), axis=0)
+            o = dot_of_rows(apart(p.astype(self.dtype)), by_page(v), -2, acc)
+            return jnp.sum(o, axis=0)
 
         return Products(
             scores=scores,

@@ -16,7 +16,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -30,13 +29,13 @@ from .nonfinite import finite, with_nonfinite
 from .operands import Dimensions, Operands, kv_tile, varying_as, with_sinks
 from .plan import Plan
 from .products import Products
-from .walk import over
+from .walk import over, whole_tile
 
 
 def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
     """The results of the forward pass, of the type, the shapes and the dtypes of ``results``."""
     dims = Dimensions.of(operands, plan)
-    tile = _all_rows(operands, plan)
+    tile = whole_tile(operands, plan)._replace(together=dims.instances)
     state = _state(operands, plan, tile)
     if jnp.issubdtype(operands.v.dtype, jnp.floating):
         clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
@@ -47,25 +46,6 @@ def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
     if plan.layout is Layout.HEADS_LAST:
         out = jnp.swapaxes(out, 1, 2)
     return type(results)(out, *(x.reshape(results.lse.shape) for x in (lse, state.m, state.l)))
-
-
-def _all_rows(operands: Operands, plan: Plan) -> QueryTile:
-    """All queries of all heads and instances, across from all keys."""
-    dims, zero = Dimensions.of(operands, plan), jnp.int32(0)
-    return QueryTile(
-        Axis.of(dims.T, dims.T),
-        Axis.of(dims.S, dims.S),
-        instance=zero,
-        instances=dims.instances,
-        element=zero,
-        elements=plan.elements,
-        head=zero,
-        heads=dims.K,
-        groups=dims.N // dims.K,
-        i=zero,
-        together=dims.instances,
-        origin=jax.tree.map(lambda x: x[0], operands.origin),
-    )
 
 
 def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:

@@ -125,6 +125,6 @@ class Plan:
         return dataclasses.replace(self, blocks=blocks, step_scores=scores)
 
     @property
-    def of_parts(self) -> Plan:
+    def without_ring(self) -> Plan:
         """The plan of one part of the queries against one part of the keys of a ring."""
         return dataclasses.replace(self, dtype=accumulator(self.dtype), lse=True, ring=None)

@@ -125,18 +125,10 @@ def _derivative(primitive: Primitive) -> Primitive:
     It takes the leaves of ``primitive``, and the tangents of those that ``moving`` tells by their
     indices.
     """
-    of_primitive = run_of[primitive]
 
     def run(*leaves: Array, moving: tuple[int, ...], **static: Any) -> list[Array]:
         still, tangents = leaves[: -len(moving)], leaves[-len(moving) :]
-
-        def of_moving(*xs: Array) -> list[Array]:
-            all_leaves = list(still)
-            for i, x in zip(moving, xs, strict=True):
-                all_leaves[i] = x
-            return of_primitive(*all_leaves, **static)
-
-        return jax.jvp(of_moving, [still[i] for i in moving], list(tangents))[1]
+        return _through_loops(primitive, still, moving, tangents, static)[1]
 
     def shapes(*leaves: Any, moving: tuple[int, ...], **static: Any) -> list[Any]:
         return shapes_of[primitive](*leaves[: -len(moving)], **static)
@@ -152,7 +144,7 @@ def _jvp(
     **static: Any,
 ) -> tuple[list[Array], list[Array]]:
     """Forward mode through ``primitive``, tangent or gradient."""
-    moving = tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero))
+    moving = _moving(tangents)
     known = static["tree"].num_leaves + len(Results._fields)
     results = primitive.bind(*primals, **static)
     if moving[0] >= known:  # the results are linear in these
@@ -166,19 +158,34 @@ def _jvp_of_loops(
     primitive: Primitive, primals: Sequence[Any], tangents: Sequence[Any], **static: Any
 ) -> tuple[list[Array], list[Array]]:
     """Third and later derivatives: forward mode through the loops of ``primitive``."""
-    moving = [i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero)]
+    moving = _moving(tangents)
+    given = [tangents[i] for i in moving]
+    with jax.disable_jit(False):  # of the loops, which would run step by step
+        results, d_results = _through_loops(primitive, primals, moving, given, static)
+    return results, [_forward_only_p.bind(x) for x in d_results]
+
+
+def _moving(tangents: Sequence[Any]) -> tuple[int, ...]:
+    """The indices of the tangents that are not known to be zero."""
+    return tuple(i for i, x in enumerate(tangents) if not isinstance(x, ad.Zero))
+
+
+def _through_loops(
+    primitive: Primitive,
+    leaves: Sequence[Array],
+    moving: Sequence[int],
+    tangents: Sequence[Array],
+    static: dict[str, Any],
+) -> tuple[list[Array], list[Array]]:
+    """Results of ``primitive``, and their tangents from those of the leaves ``moving``."""
 
     def of_moving(*xs: Array) -> list[Array]:
-        leaves = list(primals)
+        moved = list(leaves)
         for i, x in zip(moving, xs, strict=True):
-            leaves[i] = x
-        return run_of[primitive](*leaves, **static)
+            moved[i] = x
+        return run_of[primitive](*moved, **static)
 
-    with jax.disable_jit(False):  # of the loops, which would run step by step
-        results, d_results = jax.jvp(
-            of_moving, [primals[i] for i in moving], [tangents[i] for i in moving]
-        )
-    return results, [_forward_only_p.bind(x) for x in d_results]
+    return jax.jvp(of_moving, [leaves[i] for i in moving], list(tangents))
 
 
 def _tangent_transpose(cotangents: Sequence[Any], *leaves: Any, **static: Any) -> list[Any]:

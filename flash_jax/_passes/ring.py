@@ -52,7 +52,7 @@ def ring_forward(operands: Operands, plan: Plan) -> Results:
     axes = online.State(ROWS, ROWS, OUT)  # pyright: ignore[reportArgumentType]
 
     def step(part: Part, operands: Operands, state: online.State) -> online.State:
-        out, lse, _, _ = forward(part.of(operands, names), plan.of_parts)
+        out, lse, _, _ = forward(part.of(operands, names), plan.without_ring)
         new = online.State(lse, (~jnp.isneginf(lse)).astype(dims.acc), out)
         merged = online.merge(jax.tree.map(part.cut, state, axes), new)
         return jax.tree.map(part.put, state, merged, axes)
@@ -81,7 +81,7 @@ def ring_tangent(
         own = Differentiable(**(dict.fromkeys(Differentiable._fields) | cut))
         rows = _rows(part, results)
         rows = rows._replace(out=rows.out.astype(dims.acc))  # as d_results, which are sums
-        new = tangent(part.of(operands, names), rows, own, plan.of_parts)
+        new = tangent(part.of(operands, names), rows, own, plan.without_ring)
         return tuple(map(part.add, d_results, new, (OUT, ROWS))), moving  # pyright: ignore
 
     moving = {name: x for name, x in given.items() if _travels(x, axes[name], dims.S)}
@@ -113,7 +113,7 @@ def ring_backward(
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         cotangents = part.cut(d_out, OUT), part.cut(d_lse, ROWS)
         own = part.of(operands, names), _rows(part, results)
-        new = backward(*own, *cotangents, plan.of_parts, entries, dims.acc)
+        new = backward(*own, *cotangents, plan.without_ring, entries, dims.acc)
         add = lambda xs: {name: part.add(x, new[name], axes[name]) for name, x in xs.items()}  # noqa: E731
         return add(staying), add(moving)
 

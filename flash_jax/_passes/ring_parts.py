@@ -15,9 +15,10 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._masks.schedule import SKIPPED, status
-from .._tiles.tile import Axis, Origin, QueryTile
+from .._tiles.tile import Origin
 from .operands import Dimensions, Operands
 from .plan import Plan, Ring
+from .walk import whole_tile
 
 
 class Part(NamedTuple):
@@ -103,19 +104,8 @@ def some_pair(operands: Operands, plan: Plan) -> Array:
         return jnp.array(True)
 
     def of_instance(instance: Array) -> Array:
-        tile = QueryTile(
-            Axis.of(dims.T, dims.T),
-            Axis.of(dims.S, dims.S),
-            instance=instance,
-            instances=dims.instances,
-            element=instance % np.int32(plan.elements),
-            elements=plan.elements,
-            head=jnp.int32(0),
-            heads=dims.K,
-            groups=dims.N // dims.K,
-            i=jnp.int32(0),
-            origin=jax.tree.map(lambda x: x[0], operands.origin),
-        )
+        element = instance % np.int32(plan.elements)
+        tile = whole_tile(operands, plan)._replace(instance=instance, element=element)
         return status(scores.mask, tile)[0] != SKIPPED
 
     count = 1 if scores.alike else dims.instances

@@ -40,10 +40,9 @@ def over_query_tiles(
         several: whether a step can do several instances.
         unless: a bool; where it is true, the carry is returned as it is.
     """
-    dims = Dimensions.of(operands, plan)
+    dims, whole = Dimensions.of(operands, plan), whole_tile(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
-    groups = dims.N // dims.K
-    origin = jax.tree.map(lambda x: x[0], operands.origin)
+    groups = whole.groups
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
     together = 1
     if several and known(dims.instances) and heads == dims.K:
@@ -58,19 +57,15 @@ def over_query_tiles(
         instance, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
         group, i = jnp.divmod(count, as_int32(q.count))
         instance = instance * together
-        tile = QueryTile(
-            q,
-            kv,
+        tile = whole._replace(
+            q=q,
+            kv=kv,
             instance=instance,
-            instances=dims.instances,
             element=instance % as_int32(plan.elements),
-            elements=plan.elements,
             head=group * heads,
             heads=heads,
-            groups=groups,
             i=i,
             together=together,
-            origin=origin,
         )
         return step(tile, carry)
 
@@ -81,6 +76,24 @@ def over_query_tiles(
     if unless is not None:
         steps = jnp.where(unless, np.int32(0), steps)
     return _loop(np.int32(0), steps, at, varying_as(operands, carry))
+
+
+def whole_tile(operands: Operands, plan: Plan) -> QueryTile:
+    """All queries of all heads of the first instance, across from all keys."""
+    dims, zero = Dimensions.of(operands, plan), jnp.int32(0)
+    return QueryTile(
+        Axis.of(dims.T, dims.T),
+        Axis.of(dims.S, dims.S),
+        instance=zero,
+        instances=dims.instances,
+        element=zero,
+        elements=plan.elements,
+        head=zero,
+        heads=dims.K,
+        groups=dims.N // dims.K,
+        i=zero,
+        origin=jax.tree.map(lambda x: x[0], operands.origin),
+    )
 
 
 def over_key_tiles(

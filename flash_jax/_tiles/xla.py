@@ -26,6 +26,16 @@ def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> A
     return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
 
 
+def dot_of_rows(a: Array, b: Array, axis: int, dtype: DTypeLike) -> Array:
+    """As ``dot``, for few rows: where a has a single one it is multiplied twice.
+
+    Of one row XLA would convert 16-bit b to float32, all of it and first (0.10, 0.12).
+    """
+    if a.shape[-2] > 1:
+        return dot(a, b, axis, dtype)
+    return dot(jnp.concatenate([a, a], axis=-2), b, axis, dtype)[..., :1, :]
+
+
 def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
     """uint8 a (M, K) times int8 b, (N, K) or with K as the other ``axis``, in int32.
 
