@@ -141,6 +141,49 @@ def test_pages_are_written_in_place(rng):
     assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes
 
 
+@pytest.mark.parametrize("block_sizes", [None, (7, 8), (5, 6)])
+def test_many_queries_read_pages_in_tiles(block_sizes, rng):
+    """Key tiles of all, of two pages, and of one and a half."""
+    cache, rows = empty(pages=18)
+    for T, lengths in ((5, (5, 2, 4)), (19, (18, 17, 19))):
+        key, value, query = tokens(rng, T)
+        cache = append(cache, key, value, np.array(lengths))
+        rows.append(key, value, lengths)
+    run = jax.jit(functools.partial(attend_with_lse, block_sizes=block_sizes))
+    for x, right in zip(run(query, cache), rows.attend(query), strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-6)
+
+
+def test_pages_are_never_copied_into_order():
+    """Temporaries of many queries do not grow with what they read."""
+
+    def temporaries(length):
+        cache = PagedKVCache.empty(2, length, 4, 32, pages=length // 8, page_size=16)
+        query = jax.ShapeDtypeStruct((2, 64, 8, 32), np.float32)
+        compiled = jax.jit(attend).lower(query, cache).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, cache.nbytes
+
+    (short, n), (long, more) = map(temporaries, (4096, 32768))
+    assert long - short < (more - n) / 100
+
+
+@pytest.mark.parametrize("T", [1, 18])
+def test_pages_of_int8_are_a_cache_of_int8(T, rng):
+    cache, _ = empty(pages=20, dtype="int8")
+    whole = KVCache.empty(B, P * M, K, H, value_dim=Hv, dtype="int8")
+    for n, lengths in ((5, (5, 0, 3)), (T, (T, T, T))):
+        key, value, query = tokens(rng, n)
+        cache, whole = (
+            jax.jit(type(c).append)(c, key, value, np.array(lengths)) for c in (cache, whole)
+        )
+        if n == 5:  # row 1 goes on in a copy of row 0's last page
+            cache, whole = cache.reorder([0, 0, 2]), whole.reorder([0, 0, 2])
+    for x, right in zip(cache.to_arrays(), whole.to_arrays(), strict=True):
+        np.testing.assert_array_equal(x, right)
+    for x, right in zip(with_lse(query, cache), with_lse(query, whole), strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-4 if T == 1 else 2e-2)
+
+
 def test_gradients_and_vmap(rng):
     cache, _ = empty()
     key, value, query = tokens(rng, 2)
@@ -156,7 +199,7 @@ def test_gradients_and_vmap(rng):
 def test_errors_name_the_argument(rng):
     with pytest.raises(ValueError, match="page_size must be > 0; it is 0"):
         PagedKVCache.empty(1, 8, 1, 1, pages=2, page_size=0)
-    with pytest.raises(ValueError, match="dtype must be a float of a cache in pages"):
-        PagedKVCache.empty(1, 8, 1, 1, pages=2, dtype="int8")
+    with pytest.raises(ValueError, match="dtype must be one of float32"):
+        PagedKVCache.empty(1, 8, 1, 1, pages=2, dtype="int4")
     with pytest.raises(TypeError, match="prefix must be a KVCache; it is PagedKVCache"):
         attend(tokens(rng, 1)[2], empty()[0], prefix=empty()[0])
