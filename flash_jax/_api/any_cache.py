@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Self, TypeVar
 
 import jax
 import numpy as np
-from jax import Array
+from jax import Array, export
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
@@ -14,6 +16,7 @@ from .._formats.slots import as_floats_of
 from .cache_arguments import chosen_rows, row_integers
 from .explicit_axes import as_it_was
 
+A = TypeVar("A", bound="AnyCache")
 C = TypeVar("C")
 _STORED = ("keys", "values", "key_scales", "value_scales")
 
@@ -54,6 +57,22 @@ class AnyCache:
         """
         chosen = chosen_rows("rows", rows, self.lengths.shape[0])
         return self.truncate(jnp.where(chosen, 0, self.lengths))
+
+
+def cache_type(*, data_fields: list[str], meta_fields: list[str]) -> Callable[[type[A]], type[A]]:
+    """Makes a frozen dataclass a pytree, also in serialized programs of ``jax.export``."""
+
+    def registered(cls: type[A]) -> type[A]:
+        jax.tree_util.register_dataclass(cls, data_fields, meta_fields)
+        export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"flash_jax.{cls.__name__}",
+            serialize_auxdata=lambda meta: json.dumps(meta).encode(),
+            deserialize_auxdata=lambda meta: tuple(json.loads(meta)),
+        )
+        return cls
+
+    return registered
 
 
 def stored(cache: AnyCache) -> dict[str, Array]:

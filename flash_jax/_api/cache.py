@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._checks.numbers import positive_integer
 from .._formats.slots import Appended, as_stored, written
-from .any_cache import AnyCache, as_floats, empty_arrays, rows_of, shortened, stored
+from .any_cache import AnyCache, as_floats, cache_type, empty_arrays, rows_of, shortened, stored
 from .cache_arguments import (
     AXES_IN_ORDER,
     CachedArrays,
@@ -29,8 +29,7 @@ from .cache_arguments import (
 from .explicit_axes import as_it_was, on_auto_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@cache_type(
     data_fields=[
         "keys",
         "values",

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .._checks.numbers import positive_integer
 from .._formats.page_table import copied, users, with_pages, written_in_pages
 from .._formats.slots import Appended, as_floats_of, as_stored
-from .any_cache import AnyCache, empty_arrays, rows_of, shortened, stored
+from .any_cache import AnyCache, cache_type, empty_arrays, rows_of, shortened, stored
 from .cache_arguments import (
     AXES_IN_ORDER,
     CachedArrays,
@@ -34,8 +34,7 @@ from .cache_arguments import (
 from .explicit_axes import as_it_was, on_auto_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@cache_type(
     data_fields=[
         "keys",
         "values",
