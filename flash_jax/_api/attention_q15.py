@@ -108,15 +108,16 @@ def flash_attention_q15(
     3. With m - y = 65536 n + 256 i + r, r and i of 8 bits, and a table of
        t_i = round(2^30 2^(-i / 256)), i = 0..256::
 
-           u = t_i - ((t_i - t_(i+1)) r >> 8)      p = (u + 2^(14 + n)) >> (15 + n)
+           u = t_i - ((t_i - t_(i+1)) r >> 8)      p = (u + 2^(6 + n)) >> (7 + n)
 
-       and p = 0 where n > 15. So p is 2^15 at the largest logit.
-    4. The output is sum p v / sum p, both exact, rounded to nearest, halves away from zero. It is 0
-       where the query reads no key.
+       and p = 0 where n > 23. So p is 2^23 at the largest logit.
+    4. l = sum p and o = sum p v are exact. Where l has c more than 31 bits, with c at most 8, the
+       output is (abs(o) >> c) / (l >> c), with the sign of o, rounded to nearest, halves away from
+       zero. It is 0 where the query reads no key.
 
     No sum overflows. S is made of three sums of products of bytes, each at most 2^24; x and y are
-    at most 2^30. Sums of p v are made alike over up to 2^14 keys, and added up in two integers;
-    over 2^16 keys they are below 2^46, and that of p is at most 2^31, which is an uint32.
+    at most 2^30. Sums of p v and of p are made of four such sums over up to 2^14 keys, each below
+    2^31, and are added up in two integers; over 2^16 keys they are at most 2^54.
 
     Args:
         query: (B, T, N, H) or (T, N, H), int16.
@@ -129,16 +130,15 @@ def flash_attention_q15(
         block_sizes: queries and keys per tile. They change speed only.
 
     Returns:
-        (B, T, N, Hv), int16. Where a query reads n keys, with l = sum p / 2^15 >= 1, and scale is
-        at most 1, the output is within
+        (B, T, N, Hv), int16. Where a query reads n keys, with probabilities that sum up to l >= 1
+        relative to the largest, and scale is at most 1, the output is within
 
-            2^-16 + (2^-16 + 2^-15 n / l) max |v|
+            2^-16 + (2^-16 + 2^-23 n / l) max |v|
 
-        of attention in real numbers to the numbers that the integers stand for: half a unit for the
-        output, as much for the logits and the table, and half a unit for each p. That is 2^-14
-        where attention is even. Where it is not, keys of less than 2^-16 of the largest probability
-        are left out, and a scale above 1 multiplies the part of the logits. Typical errors are
-        smaller, as roundings cancel: 2^-15 for 4096 keys whose logits have a deviation of 1.
+        of attention in real numbers to the numbers that the integers stand for: half a unit of the
+        output, as much for logits and table, and half a unit for each p. So it is off by at most
+        one unit and a bit up to some thousand keys, however peaked attention is. Of larger scales
+        the part of the logits is up to (1 + scale / 8) 2^-16.
 
     Raises:
         ValueError: shapes or ranges disagree, H > 256, S > 65536, or scale * H > 11355.

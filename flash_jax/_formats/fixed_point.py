@@ -1,6 +1,6 @@
 """Fixed point in 32 bits: exact sums of products, a factor, powers of two, and a quotient.
 
-A number of 16 bits is x = 256 high + low, with low in 0..255. The products of the parts of two
+A number is taken apart into bytes, of which the highest is signed. The products of the bytes of two
 numbers are summed apart, so that no sum leaves 32 bits, and sums of integers are the same in every
 order. ``attention_q15`` has the specification, and tells the ranges.
 """
@@ -18,7 +18,7 @@ from jax import numpy as jnp
 from .._tiles.xla import dot
 
 FRACTION = 16  # bits of a logit behind the point
-PROBABILITY = 15  # bits of a probability relative to the largest, which is 2^15
+PROBABILITY = 23  # bits of a probability relative to the largest, which is 2^23
 _TABLE_BITS = 8
 _TABLE_ONE = 30
 
@@ -49,46 +49,70 @@ class Multiplier(NamedTuple):
 
 
 class Wide(NamedTuple):
-    """Integers 65536 high + low, with low in 0..65535."""
+    """Integers 2^24 high + low, with low below 2^24."""
 
     high: Array
     low: Array
 
-    def plus(self, parts: tuple[Array, Array, Array]) -> Wide:
-        """Plus 2^16 a + 2^8 b + c, the three as ``products`` gives them."""
-        a, b, c = parts
-        low = self.low + ((b & 0xFF) << 8) + c
-        return Wide(self.high + a + (b >> 8) + (low >> 16), low & 0xFFFF)
+    def plus(self, parts: list[Array]) -> Wide:
+        """Plus 2^24 a + 2^16 b + 2^8 c + d, the four as ``products`` gives them."""
+        a, b, c, d = parts
+        low = self.low + ((b & 0xFF) << 16) + ((c & 0xFFFF) << 8) + d
+        return Wide(self.high + a + (b >> 8) + (c >> 16) + (low >> 24), low & 0xFFFFFF)
 
-    def over(self, x: Array) -> Array:
-        """Divided by uint32 x, in int32, with halves away from zero; 0 where x is 0.
+    def over_last(self) -> Array:
+        """All but the last of the last axis divided by the last, which is >= 0, in int32.
 
-        The quotient must be at most 2^15. Bit by bit, in uint32: what remains is below x <= 2^31.
+        Rounded to nearest, halves away from zero; 0 where the last is 0. The quotient must be at
+        most 2^15. First both lose as many bits, at most 8, as leave an uint32 of the last.
         """
         negative = self.high < 0
-        low = jnp.where(negative, -self.low & 0xFFFF, self.low)
+        low = jnp.where(negative, -self.low & 0xFFFFFF, self.low)
         high = jnp.where(negative, -self.high - (self.low != 0).astype(np.int32), self.high)
-        rest, quotient = high.astype(np.uint32), jnp.zeros_like(high)
-        for i in range(15, -1, -1):
-            rest = rest * 2 + ((low >> i) & 1).astype(np.uint32)
-            fits = rest >= x
-            rest = jnp.where(fits, rest - x, rest)
-            quotient = quotient * 2 + fits.astype(np.int32)
-        quotient = quotient + (rest >= x - rest).astype(np.int32)
-        return jnp.where(x == 0, 0, jnp.where(negative, -quotient, quotient))
+        (high, divisor_high), (low, divisor_low) = ((x[..., :-1], x[..., -1:]) for x in (high, low))
+        lost = jnp.zeros_like(divisor_high)
+        for k in range(7, 15):
+            lost += (divisor_high >> k > 0).astype(np.int32)
+        rest, low = (high << (8 - lost)) + (low >> (16 + lost)), (low >> lost) & 0xFFFF
+        divisor = (divisor_high.astype(np.uint32) << (24 - lost).astype(np.uint32)) + (
+            divisor_low >> lost
+        ).astype(np.uint32)
+        quotient = _divided(rest.astype(np.uint32), low, divisor)
+        signed = jnp.where(negative[..., :-1], -quotient, quotient)
+        return jnp.where(divisor == 0, 0, signed)
 
 
-def products(a: Array, b: Array, axis: int) -> tuple[Array, Array, Array]:
-    """a (..., M, K) times b, as ``dot``: the int32 parts of sums 2^16 . + 2^8 . + . of products."""
-    (a_high, a_low), (b_high, b_low) = ((x >> 8, x & 0xFF) for x in (a, b))
-    a_both = jnp.concatenate([a_high, a_low], axis=-1)
-    b_both = jnp.concatenate([b_low, b_high], axis=axis)
-    pairs = (a_high, b_high), (a_both, b_both), (a_low, b_low)
-    x, y, z = (dot(left, right, axis, np.int32) for left, right in pairs)
-    return x, y, z
+def _divided(rest: Array, low: Array, divisor: Array) -> Array:
+    """65536 rest + low over an uint32, rounded, halves up, bit by bit; rest < divisor <= 2^31."""
+    quotient = jnp.zeros_like(low)
+    for i in range(15, -1, -1):
+        rest = rest * 2 + ((low >> i) & 1).astype(np.uint32)
+        fits = rest >= divisor
+        rest = jnp.where(fits, rest - divisor, rest)
+        quotient = quotient * 2 + fits.astype(np.int32)
+    return quotient + (rest >= divisor - rest).astype(np.int32)
 
 
-def over_256(parts: tuple[Array, Array, Array]) -> Array:
+def in_bytes(x: Array, count: int) -> list[Array]:
+    """Integers as so many parts, the highest first and signed, the others in 0..255."""
+    return [x >> (8 * (count - 1)), *((x >> (8 * i)) & 0xFF for i in range(count - 2, -1, -1))]
+
+
+def products(a: list[Array], b: list[Array], axis: int) -> list[Array]:
+    """a (..., M, K) times b, as ``dot``, both in bytes: int32 sums, that of the highest first.
+
+    The last is to be multiplied by 1, the one before by 2^8, and so on.
+    """
+    sums = []
+    for power in range(len(a) + len(b) - 1):
+        pairs = [(x, b[power - i]) for i, x in enumerate(a) if 0 <= power - i < len(b)]
+        left, right = zip(*pairs, strict=True)
+        both = jnp.concatenate(left, axis=-1), jnp.concatenate(right, axis=axis)
+        sums.append(dot(*both, axis, np.int32))
+    return sums
+
+
+def over_256(parts: list[Array]) -> Array:
     """2^16 a + 2^8 b + c over 256, rounded, halves up."""
     a, b, c = parts
     return (a << 8) + b + ((c + 128) >> 8)
@@ -109,9 +133,9 @@ def power_of_two(d: Array) -> Array:
     fraction = d & 0xFFFF
     i, rest = fraction >> _TABLE_BITS, fraction & 0xFF
     table = jnp.asarray(_table())
-    above, below = table[i], table[i + 1]
+    above, below = (table.at[x].get(mode="promise_in_bounds") for x in (i, i + 1))
     mantissa = above - (((above - below) * rest) >> _TABLE_BITS)
-    bits = _TABLE_ONE - PROBABILITY + jnp.clip(d >> FRACTION, 0, 16)
+    bits = _TABLE_ONE - PROBABILITY + jnp.clip(d >> FRACTION, 0, PROBABILITY + 1)
     return jnp.where(bits > 30, 0, (mantissa + (1 << (bits - 1))) >> bits)
 
 

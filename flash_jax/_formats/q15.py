@@ -24,14 +24,15 @@ from .fixed_point import (
     FRACTION,
     Multiplier,
     Wide,
+    in_bytes,
     over_256,
     power_of_two,
     products,
     shifted,
 )
 
-MOST_KEYS = 2**16  # whose sums are below 2^46: the high part of those is below 2^30
-MOST_KEYS_OF_TILE = 2**14  # whose sums of products of bytes are at most 2^30
+MOST_KEYS = 2**16  # whose sums are at most 2^54: the high part of those is at most 2^30
+MOST_KEYS_OF_TILE = 2**14  # whose sums of products of bytes are below 2^31
 MOST_HEAD_DIM = 2**8  # whose sums over 256 are at most 2^30
 MOST_LOGIT = 2**14  # of base 2: with FRACTION bits below 2^30, and differences below 2^31
 _NOTHING = np.int32(-(2**31))  # below every logit
@@ -49,17 +50,22 @@ class Q15:
         """Scores are int32 logits with FRACTION bits; weighed values are the parts of sums."""
         assert not fused
         int32 = np.dtype(np.int32)
-        q = q_tile(plan, tile, operands.q, int32)
+        q = in_bytes(q_tile(plan, tile, operands.q, int32), 2)
 
         def scores(j: Array) -> Array:
             k = kv_tile(plan, tile, operands.k, j, int32)
-            x = over_256(products(q, k, -1))  # with 22 bits behind the point
+            x = over_256(products(q, in_bytes(k, 2), -1))  # with 22 bits behind the point
             return shifted(self.scale.times(x), 22 - FRACTION - self.scale.exponent)
+
+        def values(j: Array) -> list[Array]:
+            v = kv_tile(plan, tile, operands.v, j, int32)
+            # A column of ones sums up the probabilities.
+            return in_bytes(jnp.pad(v, [(0, 0), (0, 0), (0, 1)], constant_values=1), 2)
 
         return Products(
             scores=scores,
-            values=lambda j: kv_tile(plan, tile, operands.v, j, int32),
-            weigh=lambda p, v: products(p, v, -2),  # pyright: ignore
+            values=values,
+            weigh=lambda p, v: products(in_bytes(p, 3), v, -2),  # pyright: ignore
             finish=lambda o: o,
             exp=power_of_two,
             floats=False,
@@ -99,19 +105,14 @@ def _tile(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     m = jnp.full((tile.heads, tile.rows, 1), _NOTHING)
     m = over_key_tiles(operands, tile, largest, m)
 
-    def sums(masked: bool) -> Callable[[Array, tuple[Wide, Array]], tuple[Wide, Array]]:
-        def at(j: Array, carry: tuple[Wide, Array]) -> tuple[Wide, Array]:
-            weighed, l = carry
+    def sums(masked: bool) -> Callable[[Array, Wide], Wide]:
+        def at(j: Array, weighed: Wide) -> Wide:
             p = q15.exp(m - q15.scores(j))
             if masked:
                 p = jnp.where(operands.scores.keep(tile, j), p, 0)
-            l = l + jnp.sum(p, axis=-1, keepdims=True, dtype=np.int32).astype(np.uint32)
-            return weighed.plus(q15.weigh(p, q15.values(j))), l  # pyright: ignore
+            return weighed.plus(q15.weigh(p, q15.values(j)))  # pyright: ignore
 
         return at
 
-    zeros = jnp.zeros((tile.heads, tile.rows, operands.v.shape[-1]), np.int32)
-    none = Wide(zeros, zeros), jnp.zeros(m.shape, np.uint32)
-    weighed, l = over_key_tiles(operands, tile, sums, none)
-    # Of values of at least -2^15, and at most 2^15 - 1, as their mean is.
-    return weighed.over(l).astype(np.int16)
+    zeros = jnp.zeros((tile.heads, tile.rows, operands.v.shape[-1] + 1), np.int32)
+    return over_key_tiles(operands, tile, sums, Wide(zeros, zeros)).over_last().astype(np.int16)

@@ -61,7 +61,7 @@ def test_the_bits_are_always_the_same():
         flash_attention_q15(query, key, value, is_causal=True, block_sizes=sizes)
         for sizes in (None, (16, 24))
     ]
-    assert {zlib.crc32(np.asarray(out).tobytes()) for out in outputs} == {3615519311}
+    assert {zlib.crc32(np.asarray(out).tobytes()) for out in outputs} == {2922738412}
 
 
 @pytest.mark.parametrize("number", [-(2**15), 2**15 - 1])
@@ -89,9 +89,8 @@ def test_the_error_is_within_the_bound(scale, rng):
     p = np.exp(s - s.max(axis=-1, keepdims=True))
     l = p.sum(axis=-1, keepdims=True)
     error = np.abs(np.moveaxis(out, 2, 1) - p @ v / l)
-    # The sum of the rounded p is within 1 % of l.
-    assert np.all(error <= 2**-16 + (2**-16 + S * 2**-15 / (l * 0.99)) * np.max(np.abs(v)))
-    assert error.max() < 2**-13  # as roundings cancel
+    bound = 2**-16 + (2**-16 + S * 2**-23 / (l * 0.99)) * np.max(np.abs(v))
+    assert np.all(error <= bound)
 
 
 def test_transformations_change_no_bit(rng):

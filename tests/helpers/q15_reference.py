@@ -33,8 +33,10 @@ def attention(query, key, value, keep=True, scale=None):
     n, i, r = d >> 16, (d >> 8) & 255, d & 255
     t = table()
     u = t[i] - (((t[i] - t[i + 1]) * r) >> 8)
-    n = np.minimum(n, 16)
-    p = np.where(n > 15, 0, (u + (1 << (14 + n))) >> (15 + n))
+    n = np.minimum(n, 24)
+    p = np.where(n > 23, 0, (u + (1 << (6 + n))) >> (7 + n))
     total, l = p @ v, p.sum(axis=-1, keepdims=True)
-    out = np.sign(total) * ((2 * np.abs(total) + l) // np.maximum(2 * l, 1))
+    lost = np.clip(np.vectorize(lambda x: int(x).bit_length() - 31)(l), 0, 8)
+    size, l = np.abs(total) >> lost, l >> lost
+    out = np.sign(total) * ((2 * size + l) // np.maximum(2 * l, 1))
     return np.moveaxis(np.where(l == 0, 0, out), 1, 2).astype(np.int16)
