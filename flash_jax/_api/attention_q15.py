@@ -23,6 +23,7 @@ from .._passes.operands import Operands
 from .._passes.plan import Plan
 from .._passes.scores import Scores
 from .._tiles.layout import Layout
+from .._tiles.symbolic import known
 from .._tiles.tile import BlockSizes
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
@@ -31,7 +32,6 @@ from .options import Arrays, Options, check_options, one_mask
 _BLOCKS = BlockSizes(256, 512)
 
 
-@jax.custom_jvp
 def to_q15(x: ArrayLike) -> Array:
     """Floats as int16: 2^15 x, rounded to nearest, halves to even, and saturating.
 
@@ -48,12 +48,17 @@ def to_q15(x: ArrayLike) -> Array:
         [16384, -32768, 32767]
     """
     (x,) = as_floats(x=x)
+    return _rounded(x)
+
+
+@jax.custom_jvp
+def _rounded(x: Array) -> Array:
     wide = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
     scaled = jnp.round(jnp.clip(jnp.where(jnp.isnan(wide), 0, wide), -1, 1) * 2**15)
     return jnp.minimum(scaled, 2**15 - 1).astype(np.int16)
 
 
-@to_q15.defjvp
+@_rounded.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "to_q15 has no derivative, nor has flash_attention_q15: fixed point is for inference; "
@@ -143,6 +148,7 @@ def flash_attention_q15(
     Raises:
         ValueError: shapes or ranges disagree, H > 256, S > 65536, or scale * H > 11355.
         TypeError: an argument is of the wrong kind.
+        NotImplementedError: another axis than B is symbolic.
 
     Example:
         >>> import jax.numpy as jnp
@@ -163,6 +169,10 @@ def flash_attention_q15(
     H, S = query.shape[-1], key.shape[-3]
     if H > MOST_HEAD_DIM:
         raise ValueError(f"query must have a head size of at most {MOST_HEAD_DIM}; it is {H}")
+    if not (known(S) and known(query.shape[-3])):
+        raise NotImplementedError(
+            f"query and key may be symbolic in B only; their shapes are {query.shape}, {key.shape}"
+        )
     if S > MOST_KEYS:
         raise ValueError(f"key must have at most {MOST_KEYS} positions; it has {S}")
     options = check_options(query, is_causal, local_window_size, block_sizes)

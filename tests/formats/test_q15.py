@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import q15_reference
+from jax import export
 from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
@@ -114,6 +115,19 @@ def test_transformations_change_no_bit(rng):
         np.testing.assert_array_equal(call(query, key, value), right)
     alone = call(query[0], key[0], value[0])
     np.testing.assert_array_equal(alone, right[0])
+
+
+def test_an_exported_program_takes_every_batch_size(rng):
+    query, key, value = inputs(rng)
+    (b,) = export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, *x.shape[1:]), np.int16) for x in (query, key, value)]
+    exported = export.export(jax.jit(flash_attention_q15))(*shapes)
+    right = flash_attention_q15(query, key, value)
+    np.testing.assert_array_equal(exported.call(query, key, value), right)
+    (t,) = export.symbolic_shape("t")
+    shapes = [jax.ShapeDtypeStruct((1, t, *x.shape[2:]), np.int16) for x in (query, key, value)]
+    with pytest.raises(NotImplementedError, match="may be symbolic in B only"):
+        export.export(jax.jit(flash_attention_q15))(*shapes)
 
 
 def test_conversions_saturate():
