@@ -177,7 +177,7 @@ def plan_cached(
         lse: whether it is asked for.
         few: as ``reads_in_place``.
     """
-    _, K, S, H = keys.shape
+    T, (_, K, S, H) = query.shape[1], keys.shape
     blocks, kernel, dtype = bound.blocks, bound.kernel, np.dtype(query.dtype)
     if page_size is not None:
         blocks, kernel = (_in_pages(tile, page_size) for tile in (blocks, kernel))
@@ -197,12 +197,10 @@ def plan_cached(
     if not few:
         return plan
     plan = _with_few(plan, number_format, keys, K)
-    tile = BlockSizes(0, plan.few_keys)
-    return (
-        plan
-        if page_size is None
-        else dataclasses.replace(plan, few_keys=_in_pages(tile, page_size).kv)
-    )
+    if page_size is None:
+        return plan
+    part = _in_pages(BlockSizes(T, plan.few_keys), page_size)
+    return dataclasses.replace(plan, few_keys=part.kv)
 
 
 def _in_pages(blocks: BlockSizes, size: int) -> BlockSizes:
