@@ -30,6 +30,7 @@ from .explicit_axes import model_axes, on_auto_axes
 from .options import Arrays, Options, check_options, one_mask
 
 _BLOCKS = BlockSizes(256, 512)
+_LOG2_E = 1.4426950408889634  # written out: a logarithm may have other last bits elsewhere
 
 
 def to_q15(x: ArrayLike) -> Array:
@@ -104,7 +105,8 @@ def flash_attention_q15(
     shifts are known before. ``>> n`` is floor(x / 2^n).
 
     1. Logits of base 2 have 16 bits behind the point. With S = sum_h q_h k_h, exact, and
-       scale log2(e) = M 2^(e - 30), M an integer of 30 bits, rounded to even from float64::
+       scale 1.4426950408889634 = M 2^(e - 30), a product in float64, M an integer of 30 bits,
+       rounded to even::
 
            x = (S + 128) >> 8      z = x M >> 30      y = (z + 2^(5 - e)) >> (6 - e)
 
@@ -187,12 +189,12 @@ def _of_base_2(scale: Any, H: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale must be a number, known at trace time; it is {scale!r}")
     scale = float(scale)
-    most = (MOST_LOGIT - 1) / H / math.log2(math.e)
+    most = (MOST_LOGIT - 1) / H / _LOG2_E
     if not 0 < scale <= most:
         raise ValueError(
             f"scale must be > 0, and at most {most:.6g} for heads of {H}; it is {scale}"
         )
-    return scale * math.log2(math.e)
+    return scale * _LOG2_E
 
 
 @functools.partial(jax.jit, static_argnames=("options", "q15"))

@@ -20,7 +20,7 @@ def attention(query, key, value, keep=True, scale=None):
     (N, H), K = query.shape[2:], key.shape[2]
     q, k, v = (np.moveaxis(x.astype(np.int64), 2, 1) for x in (query, key, value))
     k, v = (np.repeat(x, N // K, axis=1) for x in (k, v))
-    fraction, e = math.frexp((1 / math.sqrt(H) if scale is None else scale) * math.log2(math.e))
+    fraction, e = math.frexp((1 / math.sqrt(H) if scale is None else scale) * 1.4426950408889634)
     M = round(fraction * 2**30)
     x = (q @ k.swapaxes(2, 3) + 128) >> 8
     z = (x * M) >> 30
