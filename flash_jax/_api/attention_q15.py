@@ -138,7 +138,7 @@ def flash_attention_q15(
 
     Returns:
         (B, T, N, Hv), int16. Where a query reads n keys, with probabilities that sum up to l >= 1
-        relative to the largest, and scale is at most 1, the output is within
+        relative to the largest, and scale is at most 1, the output is within::
 
             2^-16 + (2^-16 + 2^-23 n / l) max |v|
 
