@@ -6,6 +6,9 @@ from ._api.attention import flash_attention as flash_attention
 from ._api.attention import flash_attention_with_lse as flash_attention_with_lse
 from ._api.attention_int8 import flash_attention_int8 as flash_attention_int8
 from ._api.attention_int8 import flash_attention_int8_with_lse as flash_attention_int8_with_lse
+from ._api.attention_q15 import flash_attention_q15 as flash_attention_q15
+from ._api.attention_q15 import from_q15 as from_q15
+from ._api.attention_q15 import to_q15 as to_q15
 from ._api.cache import KVCache as KVCache
 from ._api.config import FlashAttentionConfig as FlashAttentionConfig
 from ._api.core_mesh import core_mesh as core_mesh

@@ -18,8 +18,8 @@ from .._checks.numbers import as_option, check_integers
 from .._checks.shapes import as_floats, check_groups, check_heads, check_shape
 from .._masks.base import Mask
 from .cache import KVCache
-from .cache_arguments import check_axes
 from .cached import Queries, reach, to_cache
+from .explicit_axes import model_axes, on_auto_axes
 from .merge import merge_attention
 from .options import Arrays, Options, check_options
 from .paged import PagedKVCache
@@ -45,7 +45,6 @@ def attend_arguments(
     """The arguments of attention to a cache, checked."""
     (query,) = as_floats(query=query)
     _check_cache(query, cache)
-    check_axes(query=query, cache=cache, prefix=prefix)
     arrays = Arrays(
         bias=bias,
         mask=mask,
@@ -143,8 +142,7 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         ValueError: shapes, dtypes or ranges disagree, or, where it is known, a query should read a
             token that is not held. The message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: bias or mask with a window or a prefix, or an array that is sharded
-            over Explicit axes of a mesh.
+        NotImplementedError: bias or mask with a window or a prefix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -238,7 +236,11 @@ def _checked(
                 f"{np.flatnonzero(np.any(lost, axis=1)).tolist()} it does not: it has "
                 f"{cache.slots} slots, and lengths {cache.lengths.tolist()}"
             )
-    return _attend(query, cache, prefix, arrays, options)
+    axes, results = model_axes(query)
+    if not options.lse:
+        results = (results[0], None)
+    attend = functools.partial(_attend, options=options)
+    return on_auto_axes(attend, axes, results, query, cache, prefix, arrays)
 
 
 @functools.partial(jax.jit, static_argnames="options")

@@ -16,20 +16,20 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from .._checks.numbers import positive_integer
-from .._formats.slots import Appended, as_floats_of, quantized_rows, written
+from .._formats.slots import Appended, as_stored, written
+from .any_cache import AnyCache, as_floats, cache_type, empty_arrays, rows_of, shortened, stored
 from .cache_arguments import (
+    AXES_IN_ORDER,
     CachedArrays,
     as_cache_dtype,
     check_appended,
-    chosen_rows,
     indices_of_rows,
     is_known,
-    row_integers,
 )
+from .explicit_axes import as_it_was, on_auto_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@cache_type(
     data_fields=[
         "keys",
         "values",
@@ -43,7 +43,7 @@ from .cache_arguments import (
     meta_fields=["window"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class KVCache:
+class KVCache(AnyCache):
     """Keys and values of the tokens so far, for ``attend``. A pytree; methods return a new one.
 
     Under ``jit`` with the cache donated, in ``lax.scan`` and in ``lax.while_loop`` tokens are
@@ -126,28 +126,13 @@ class KVCache:
             if window > S:
                 raise ValueError(f"window must be at most length, {S}; it is {window}")
         dtype = as_cache_dtype(dtype)
-        scales = [jnp.zeros((B, K, S), np.float32) if dtype == np.int8 else None for _ in "kv"]
-        return cls(
-            jnp.zeros((B, K, S, H), dtype),
-            jnp.zeros((B, K, S, Hv), dtype),
-            *scales,
-            lengths=jnp.zeros((B,), np.int32),
-            begin=jnp.zeros((B,), np.int32),
-            offset=jnp.zeros((B,), np.int32),
-            first=jnp.zeros((B,), np.int32),
-            window=window,
-        )
+        counts = (jnp.zeros((B,), np.int32) for _ in range(4))
+        return cls(*empty_arrays((B, K, S, H), Hv, dtype), *counts, window=window)
 
     @property
     def slots(self) -> int:
         """S, how many positions a row holds."""
         return self.keys.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and scales."""
-        arrays = self.keys, self.values, self.key_scales, self.value_scales
-        return sum(x.nbytes for x in arrays if x is not None)
 
     def append(
         self,
@@ -179,14 +164,15 @@ class KVCache:
             [6, 4]
         """
         (B, K, S, H), Hv = self.keys.shape, self.values.shape[-1]
-        key, value, count = check_appended(self, key, value, lengths, left_padded, (B, K, H, Hv))
+        key, value, count = check_appended(key, value, lengths, left_padded, (B, K, H, Hv))
         after = self.lengths + count
         if self.window is None and is_known(after) and bool(jnp.any(after > S)):
             raise ValueError(
                 f"the cache must have slots for all tokens; it has {S}, and with these the "
                 f"lengths would be {after.tolist()}"
             )
-        return _append(self, key, value, count, left_padded)
+        append = functools.partial(_append, left_padded=left_padded)
+        return as_it_was(append, self, key, value, count)
 
     def truncate(self, lengths: ArrayLike) -> KVCache:
         """The cache without the tokens from ``lengths`` on, as after speculation.
@@ -201,31 +187,11 @@ class KVCache:
             >>> cache.truncate(2).lengths.tolist()
             [2, 1]
         """
-        lengths = jnp.clip(row_integers("lengths", lengths, self.lengths.shape[0]), 0, self.lengths)
-        return dataclasses.replace(
-            self,
-            lengths=lengths,
-            begin=jnp.minimum(self.begin, lengths),
-            offset=jnp.minimum(self.offset, lengths),
-            # What is not held is missing in a window around it, but for an empty row.
-            first=jnp.where(lengths == 0, 0, jnp.minimum(self.first, lengths)),
-        )
-
-    def reset(self, rows: ArrayLike | None = None) -> KVCache:
-        """The cache with some rows empty, for other sequences.
-
-        Args:
-            rows: bool (B,), or indices of rows; default: all.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> x = jnp.ones((2, 3, 2, 8))
-            >>> cache = KVCache.empty(2, 16, kv_heads=2, head_dim=8).append(x, x)
-            >>> cache.reset([1]).lengths.tolist()
-            [3, 0]
-        """
-        chosen = chosen_rows("rows", rows, self.lengths.shape[0])
-        return self.truncate(jnp.where(chosen, 0, self.lengths))
+        counts = shortened(self, lengths)
+        # What is not held is missing in a window around it, but for an empty row.
+        first = jnp.minimum(self.first, counts["lengths"])
+        first = jnp.where(counts["lengths"] == 0, 0, first)
+        return dataclasses.replace(self, **counts, first=first)
 
     def reorder(self, rows: ArrayLike) -> KVCache:
         """The cache whose row b is row ``rows[b]`` of this one, as in beam search. It is a copy.
@@ -241,7 +207,7 @@ class KVCache:
             [1, 1, 3]
         """
         rows = indices_of_rows("rows", rows, self.lengths.shape[0])
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), self)
+        return rows_of(self, rows)
 
     def to_arrays(self) -> CachedArrays:
         """The keys and values that are held, in order of position; zero where there is none.
@@ -257,41 +223,32 @@ class KVCache:
             >>> cache.to_arrays().key.shape
             (2, 16, 2, 8)
         """
-        first = jnp.maximum(self.lengths - self.slots, 0)
-        first = jnp.zeros_like(first) if self.window is None else first
-        parts = (
-            as_floats_of(self.keys, self.key_scales),
-            as_floats_of(self.values, self.value_scales),
-        )
-        position = first[:, None] + lax.iota(np.int32, self.slots)[None]
-        held = (position >= self.first[:, None]) & (position < self.lengths[:, None])
+        return on_auto_axes(_in_order, "BKS.", AXES_IN_ORDER, self.keys, self)
 
-        def row(x: Array, first: Array, held: Array) -> Array:
-            x = jnp.roll(x, -first % self.slots, axis=1)
-            return jnp.where(held[:, None, None], jnp.swapaxes(x, 0, 1), 0)
 
-        key, value = (jax.vmap(row)(x, first, held) for x in parts)
-        return CachedArrays(key, value, first)
+def _in_order(_: Array, cache: KVCache) -> CachedArrays:
+    first = jnp.maximum(cache.lengths - cache.slots, 0)
+    first = jnp.zeros_like(first) if cache.window is None else first
+    position = first[:, None] + lax.iota(np.int32, cache.slots)[None]
+    held = (position >= cache.first[:, None]) & (position < cache.lengths[:, None])
+
+    def row(x: Array, first: Array, held: Array) -> Array:
+        x = jnp.roll(x, -first % cache.slots, axis=1)
+        return jnp.where(held[:, None, None], jnp.swapaxes(x, 0, 1), 0)
+
+    key, value = (jax.vmap(row)(x, first, held) for x in as_floats(cache))
+    return CachedArrays(key, value, first)
 
 
 @functools.partial(jax.jit, static_argnames="left_padded")
 def _append(cache: KVCache, key: Array, value: Array, count: Array, left_padded: bool) -> KVCache:
     new = Appended.of(key.shape[1], cache.lengths, count, left_padded)
     slot = new.slots(cache.slots, ring=cache.window is not None)
-    put = functools.partial(written, slot=slot)
+    added = as_stored(key, value, cache.keys.dtype)
+    arrays = {name: written(x, added[name], slot) for name, x in stored(cache).items()}
     first = cache.first
     if cache.window is not None:
         first = jnp.maximum(first, new.end - cache.slots)
-    moved = dict(lengths=new.end, begin=cache.lengths, offset=new.offset, first=first)
-    if cache.key_scales is None or cache.value_scales is None:
-        keys, values = put(cache.keys, key), put(cache.values, value)
-        return dataclasses.replace(cache, keys=keys, values=values, **moved)
-    (k, k_scale), (v, v_scale) = quantized_rows(key, value)
     return dataclasses.replace(
-        cache,
-        keys=put(cache.keys, k),
-        values=put(cache.values, v),
-        key_scales=put(cache.key_scales, k_scale),
-        value_scales=put(cache.value_scales, v_scale),
-        **moved,
+        cache, **arrays, lengths=new.end, begin=cache.lengths, offset=new.offset, first=first
     )

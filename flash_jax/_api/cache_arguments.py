@@ -25,24 +25,10 @@ class CachedArrays(NamedTuple):
     first: Array  # (B,): position of key 0
 
 
-def check_axes(**arrays: Any) -> None:
-    """Raises where an array of a cache, or beside it, is sharded over an Explicit axis of a mesh.
-
-    Its rows and slots are found by index, which JAX takes for Auto axes only.
-    """
-    for name, tree in arrays.items():
-        for x in jax.tree.leaves(tree):
-            sharding = jax.typeof(x).sharding
-            if sharding.mesh.explicit_axes and any(sharding.spec):
-                axes = ", ".join(sharding.mesh.explicit_axes)
-                raise NotImplementedError(
-                    f"{name} must be sharded over Auto axes of a mesh; {axes} is Explicit. Make "
-                    "the mesh with AxisType.Auto, or wrap the step in jax.sharding.auto_axes"
-                )
+AXES_IN_ORDER: Any = CachedArrays("BSK.", "BSK.", "B")  # pyright: ignore
 
 
 def check_appended(
-    cache: Any,
     key: Any,
     value: Any,
     lengths: Any,
@@ -52,7 +38,6 @@ def check_appended(
     """New keys and values, and how many of them each row takes, (B,); sizes: B, K, H and Hv."""
     B, K, H, Hv = sizes
     key, value = as_floats(key=key, value=value)
-    check_axes(cache=cache, key=key, value=value)
     check_shape("key", key, "(B, T, K, H) of the cache", (B, None, K, H))
     T = key.shape[1]
     check_shape("value", value, "(B, T of key, K, Hv)", (B, T, K, Hv))

@@ -2,6 +2,7 @@
 
 Where slots are positions, the options of other calls say it all. Few queries read a ring where it
 lies, with a mask that knows the position of every slot; for many queries it is copied into order.
+Pages are found tile by tile through the table of their row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._formats.int8 import summable
-from .._formats.slots import as_floats_of
 from .._formats.smoothing import quantized_queries, zero_products
 from .._formats.straight_through import straight_through
 from .._masks.arrays import ArrayMask
@@ -23,10 +23,11 @@ from .._masks.base import Mask
 from .._masks.slots import HeldMask, RingMask, TokenMask, position_of
 from .._passes.operands import Operands, Quantization
 from .._passes.primitives import attention
+from .any_cache import as_floats
 from .cache import KVCache
 from .options import Arrays, Bound, Options, bind_options
 from .paged import PagedKVCache, gathered
-from .plan import plan_cached, plan_cached_int8, plan_paged, reads_in_place
+from .plan import plan_cached, reads_in_place
 
 
 class Queries(NamedTuple):
@@ -48,15 +49,11 @@ def to_cache(
     options: Options,
 ) -> tuple[Array, Array | None]:
     """Attention to the tokens of a cache: output, of query's dtype, and lse if it is asked for."""
-    if isinstance(cache, PagedKVCache):
-        paged = query, cache, queries, arrays
-        # Many queries, and derivatives, read a copy in order.
-        if not reads_in_place(query, cache.keys):
-            return _in_copies(options, *paged)
-        return straight_through((options,), _in_pages, _in_copies, *paged)
     args = query, cache, queries, arrays
     if cache.keys.dtype == np.int8:
-        return straight_through((options,), _in_integers, _at_integers, *args)
+        return straight_through((options,), _in_integers, _in_copies, *args)
+    if isinstance(cache, PagedKVCache):
+        return straight_through((options,), _in_floats, _in_copies, *args)
     return _in_floats(options, *args)
 
 
@@ -68,90 +65,115 @@ def reach(cache: KVCache, options: Options) -> tuple[int, int | None]:
     return left, 0 if options.is_causal else right
 
 
+class Stored(NamedTuple):
+    """Keys, values and scales as the operands of a call: all rows share the one entry of a pool."""
+
+    keys: Array
+    values: Array
+    key_scales: Array | None
+    value_scales: Array | None
+    table: Array | None
+
+    @classmethod
+    def of(cls, cache: KVCache | PagedKVCache) -> Stored:
+        arrays = cache.keys, cache.values, cache.key_scales, cache.value_scales
+        if isinstance(cache, KVCache):
+            return cls(*arrays, None)
+        return cls(*(None if x is None else x[None] for x in arrays), cache.table)  # pyright: ignore
+
+
 def _in_floats(
-    options: Options, query: Array, cache: KVCache, queries: Queries, arrays: Arrays
+    options: Options,
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    queries: Queries,
+    arrays: Arrays,
 ) -> tuple[Array, Array | None]:
     dtype, query = query.dtype, query.astype(cache.keys.dtype)
-    few = reads_in_place(query, cache.keys)
-    cache, bound = _bound(query, cache, queries, arrays, options, few)
-    operands = Operands(query, cache.keys, cache.values, bound.scores, bound.sinks)
-    plan = plan_cached(query, cache.keys, bound, options.machine, options.lse, few)
+    cache, bound, few = _bound(query, cache, queries, arrays, options)
+    keys, values, _, _, table = Stored.of(cache)
+    operands = Operands(query, keys, values, bound.scores, bound.sinks, pages=table)
+    plan = plan_cached(query, *_sizes(cache), bound, options.machine, options.lse, few)
     out, lse = attention(operands, plan)
     return out.astype(dtype), lse
-
-
-def _in_pages(
-    options: Options, query: Array, cache: PagedKVCache, queries: Queries, arrays: Arrays
-) -> tuple[Array, Array | None]:
-    """Few queries, which find keys and values through the table."""
-    dtype, query = query.dtype, query.astype(cache.keys.dtype)
-    arrays = arrays._replace(key_value_seq_lengths=jnp.minimum(cache.lengths, cache.held))
-    bound = _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options)
-    k, v = cache.keys[None], cache.values[None]
-    operands = Operands(query, k, v, bound.scores, bound.sinks, pages=cache.table)
-    plan = plan_paged(query, cache.keys, cache.table, bound, options.machine, options.lse)
-    out, lse = attention(operands, plan)
-    return out.astype(dtype), lse
-
-
-def _in_copies(
-    options: Options, query: Array, cache: PagedKVCache, queries: Queries, arrays: Arrays
-) -> tuple[Array, Array | None]:
-    keys, values = gathered(cache)
-    lengths, first = jnp.minimum(cache.lengths, cache.held), jnp.zeros_like(cache.lengths)
-    copy = KVCache(keys, values, None, None, lengths, cache.begin, cache.offset, first)
-    return _in_floats(options, query, copy, queries, arrays)
 
 
 def _in_integers(
-    options: Options, query: Array, cache: KVCache, queries: Queries, arrays: Arrays
+    options: Options,
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    queries: Queries,
+    arrays: Arrays,
 ) -> tuple[Array, Array | None]:
-    few = reads_in_place(query, cache.keys)
-    cache, bound = _bound(query, cache, queries, arrays, options, few)
-    assert cache.key_scales is not None
-    assert cache.value_scales is not None
+    cache, bound, few = _bound(query, cache, queries, arrays, options)
+    keys, values, k_scale, v_scale, table = Stored.of(cache)
+    assert k_scale is not None
+    assert v_scale is not None
     scale = jnp.broadcast_to(bound.scores.scale[:, None, None], jnp.swapaxes(query, 1, 2).shape[:3])
-    zero = jnp.zeros((1, cache.keys.shape[1], 1), np.int32)
-    q = query
+    q, zero = query, jnp.zeros((1,) * k_scale.ndim, np.int32)
     if not few:
         q, q_scale = quantized_queries(query)
-        scale, zero = scale * q_scale, zero_products(cache.keys)
+        scale, zero = scale * q_scale, zero_products(keys)
         bound = bound._replace(blocks=summable("query", query.shape[-1], bound.blocks))
-    quantization = Quantization(scale, None, cache.key_scales, zero, cache.value_scales[..., None])
-    operands = Operands(q, cache.keys, cache.values, bound.scores, bound.sinks, None, quantization)
-    plan = plan_cached_int8(query, cache.keys, bound, options.machine, options.lse, few)
+    quantization = Quantization(scale, None, k_scale, zero, v_scale[..., None])
+    operands = Operands(q, keys, values, bound.scores, bound.sinks, None, quantization, pages=table)
+    plan = plan_cached(query, *_sizes(cache), bound, options.machine, options.lse, few)
     return attention(operands, plan)
 
 
-def _at_integers(
-    options: Options, query: Array, cache: KVCache, queries: Queries, arrays: Arrays
+def _in_copies(
+    options: Options,
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    queries: Queries,
+    arrays: Arrays,
 ) -> tuple[Array, Array | None]:
-    """Attention to the floats that the integers stand for."""
-    cache = dataclasses.replace(
-        cache,
-        keys=as_floats_of(cache.keys, cache.key_scales),
-        values=as_floats_of(cache.values, cache.value_scales),
-        key_scales=None,
-        value_scales=None,
-    )
-    out, lse = _in_floats(options, query.astype(np.float32), cache, queries, arrays)
-    return out.astype(query.dtype), lse
+    """Attention to a copy of pages in order, and to the floats that integers stand for.
+
+    Derivatives are those of this.
+    """
+    dtype = query.dtype
+    if isinstance(cache, PagedKVCache):
+        lengths, first = jnp.minimum(cache.lengths, cache.held), jnp.zeros_like(cache.lengths)
+        cache = KVCache(*gathered(cache), lengths, cache.begin, cache.offset, first)
+    if cache.keys.dtype == np.int8:
+        query = query.astype(np.float32)
+        keys, values = as_floats(cache)
+        cache = dataclasses.replace(
+            cache, keys=keys, values=values, key_scales=None, value_scales=None
+        )
+    out, lse = _in_floats(options, query, cache, queries, arrays)
+    return out.astype(dtype), lse
+
+
+def _sizes(cache: KVCache | PagedKVCache) -> tuple[Any, int | None]:
+    """What keys (1, K, S, H) a row has, and the size of their pages, if any."""
+    K, H = cache.keys.shape[1], cache.keys.shape[3]
+    keys = jax.ShapeDtypeStruct((1, K, cache.slots, H), cache.keys.dtype)
+    return keys, cache.page_size if isinstance(cache, PagedKVCache) else None
 
 
 def _bound(
-    query: Array, cache: KVCache, queries: Queries, arrays: Arrays, options: Options, few: bool
-) -> tuple[KVCache, Bound]:
-    """The cache as it is read, and the options bound to it."""
-    if cache.window is None:
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    queries: Queries,
+    arrays: Arrays,
+    options: Options,
+) -> tuple[KVCache | PagedKVCache, Bound, bool]:
+    """The cache as it is read, the options bound to it, and whether the queries are few."""
+    few = reads_in_place(query, cache.keys.dtype, cache.slots)
+    if isinstance(cache, PagedKVCache):
+        arrays = arrays._replace(key_value_seq_lengths=jnp.minimum(cache.lengths, cache.held))
+    elif cache.window is None:
         arrays = arrays._replace(key_value_seq_lengths=jnp.minimum(cache.lengths, cache.slots))
     elif few:
-        return cache, _bound_to_ring(query, cache, queries, arrays, options)
+        return cache, _bound_to_ring(query, cache, queries, arrays, options), few
     else:
         first = cache.lengths - cache.slots
         arrays = arrays._replace(mask=HeldMask(jnp.maximum(cache.first, 0) - first))
         options = options._replace(window=reach(cache, options))
         cache, queries = _in_order(cache), queries.later(-first)
-    return cache, _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options)
+    return cache, _bind(query, cache.keys.shape[1], cache.slots, queries, arrays, options), few
 
 
 def _bind(

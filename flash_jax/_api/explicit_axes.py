@@ -28,19 +28,28 @@ def on_auto_axes(
         axes: those of query, a letter each.
         results: a tree of strings, the axes of the results; "." for one that is not sharded.
     """
-    mesh = _explicit_mesh((query, *arrays))
+    by = {axis: names for axis, names in zip(axes, _spec(query), strict=False)}
+    specs = jax.tree.map(lambda names: PartitionSpec(*map(by.get, names)), results)
+    return _with_results(attend, specs, query, *arrays)
+
+
+def as_it_was(change: Callable[..., R], tree: R, *arrays: Any) -> R:
+    """``change(tree, *arrays)``, a tree of as many arrays, each sharded as that of ``tree`` is."""
+    return _with_results(change, jax.tree.map(_spec, tree), tree, *arrays)
+
+
+def _with_results(function: Callable[..., R], specs: Any, *arrays: Any) -> R:
+    mesh = _explicit_mesh(arrays)
     if mesh is None:
-        return attend(query, *arrays)
-    of_query = jax.typeof(query).sharding
-    spec = () if of_query.mesh.empty else of_query.spec
-    by = {axis: names for axis, names in zip(axes, spec, strict=False)}
+        return function(*arrays)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    on_auto: Any = auto_axes(function, axes=mesh.explicit_axes, out_sharding=shardings)
+    return on_auto(*arrays)
 
-    def sharding(names: str) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*map(by.get, names)))
 
-    shardings = jax.tree.map(sharding, results)
-    on_auto: Any = auto_axes(attend, axes=mesh.explicit_axes, out_sharding=shardings)
-    return on_auto(query, *arrays)
+def _spec(x: Array) -> PartitionSpec:
+    sharding = jax.typeof(x).sharding
+    return PartitionSpec() if sharding.mesh.empty else sharding.spec
 
 
 def model_axes(query: Array) -> tuple[str, tuple[str, str]]:

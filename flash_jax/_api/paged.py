@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,25 +21,34 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._checks.numbers import positive_integer
 from .._formats.page_table import copied, users, with_pages, written_in_pages
-from .._formats.slots import Appended
+from .._formats.slots import Appended, as_floats_of, as_stored
+from .any_cache import AnyCache, cache_type, empty_arrays, rows_of, shortened, stored
 from .cache_arguments import (
+    AXES_IN_ORDER,
     CachedArrays,
     as_cache_dtype,
     check_appended,
-    chosen_rows,
     indices_of_rows,
     is_known,
-    row_integers,
 )
+from .explicit_axes import as_it_was, on_auto_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "table", "lengths", "begin", "offset"],
+@cache_type(
+    data_fields=[
+        "keys",
+        "values",
+        "key_scales",
+        "value_scales",
+        "table",
+        "lengths",
+        "begin",
+        "offset",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class PagedKVCache:
+class PagedKVCache(AnyCache):
     """``KVCache`` in pages: rows of any length share one pool of memory, and rows share pages.
 
     A pytree; methods return a new one. ``append``, ``reorder``, ``truncate`` and ``reset`` take and
@@ -54,6 +64,8 @@ class PagedKVCache:
         table: int32 (B, M), the pages of each row in order; -1: none.
         keys: (pages, K, P, H), the pool.
         values: (pages, K, P, Hv), alike.
+        key_scales: float32 (pages, K, P) of int8, else None.
+        value_scales: alike.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,6 +79,8 @@ class PagedKVCache:
 
     keys: Array
     values: Array
+    key_scales: Array | None
+    value_scales: Array | None
     table: Array
     lengths: Array
     begin: Array
@@ -95,7 +109,7 @@ class PagedKVCache:
             pages: of the pool.
             page_size: P, tokens of a page.
             value_dim: Hv of values; default: H.
-            dtype: what is stored: float32, bfloat16, float16 or float64.
+            dtype: what is stored, as in ``KVCache``.
 
         Raises:
             ValueError: a size is not positive, or the dtype is none of these.
@@ -116,14 +130,9 @@ class PagedKVCache:
         B, S, K, H, n, P = (positive_integer(name, size) for name, size in sizes.items())
         Hv = H if value_dim is None else positive_integer("value_dim", value_dim)
         dtype = as_cache_dtype(dtype)
-        if dtype == np.int8:
-            raise ValueError("dtype must be a float of a cache in pages; it is int8")
-        return cls(
-            jnp.zeros((n, K, P, H), dtype),
-            jnp.zeros((n, K, P, Hv), dtype),
-            jnp.full((B, -(-S // P)), -1, np.int32),
-            *(jnp.zeros((B,), np.int32) for _ in range(3)),
-        )
+        counts = (jnp.zeros((B,), np.int32) for _ in range(3))
+        table = jnp.full((B, -(-S // P)), -1, np.int32)
+        return cls(*empty_arrays((n, K, P, H), Hv, dtype), table, *counts)
 
     @property
     def page_size(self) -> int:
@@ -136,14 +145,11 @@ class PagedKVCache:
         return self.table.shape[1] * self.page_size
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the pool."""
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
     def free_pages(self) -> Array:
         """How many pages no row has, int32."""
-        return jnp.sum(users(self.table, self.keys.shape[0]) == 0, dtype=np.int32)
+        pages = self.keys.shape[0]
+        free = lambda table: jnp.sum(users(table, pages) == 0, dtype=np.int32)  # noqa: E731
+        return on_auto_axes(free, "", "", self.table)
 
     @property
     def held(self) -> Array:
@@ -174,8 +180,9 @@ class PagedKVCache:
         """
         _, K, _, H = self.keys.shape
         sizes = self.lengths.shape[0], K, H, self.values.shape[-1]
-        key, value, count = check_appended(self, key, value, lengths, left_padded, sizes)
-        cache = _append(self, key, value, count, left_padded)
+        key, value, count = check_appended(key, value, lengths, left_padded, sizes)
+        append = functools.partial(_append, left_padded=left_padded)
+        cache = as_it_was(append, self, key, value, count)
         if is_known(cache.lengths) and bool(jnp.any(cache.lengths > cache.held)):
             raise ValueError(
                 f"the cache must have pages for all tokens; with these the lengths would be "
@@ -197,30 +204,10 @@ class PagedKVCache:
             >>> cache.free_pages.tolist(), cache.truncate(3).free_pages.tolist()
             (4, 5)
         """
-        lengths = row_integers("lengths", lengths, self.lengths.shape[0])
-        lengths = jnp.clip(lengths, 0, self.lengths)
+        counts = shortened(self, lengths)
         page = lax.iota(np.int32, self.table.shape[1])[None]
-        kept = page * np.int32(self.page_size) < lengths[:, None]
-        return dataclasses.replace(
-            self,
-            table=jnp.where(kept, self.table, -1),
-            lengths=lengths,
-            begin=jnp.minimum(self.begin, lengths),
-            offset=jnp.minimum(self.offset, lengths),
-        )
-
-    def reset(self, rows: ArrayLike | None = None) -> PagedKVCache:
-        """The cache with some rows empty, as ``KVCache.reset``; their pages are free again.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> x = jnp.ones((2, 3, 2, 8))
-            >>> cache = PagedKVCache.empty(2, 64, 2, 8, pages=6).append(x, x)
-            >>> cache.reset([1]).lengths.tolist()
-            [3, 0]
-        """
-        chosen = chosen_rows("rows", rows, self.lengths.shape[0])
-        return self.truncate(jnp.where(chosen, 0, self.lengths))
+        kept = page * np.int32(self.page_size) < counts["lengths"][:, None]
+        return dataclasses.replace(self, **counts, table=jnp.where(kept, self.table, -1))
 
     def reorder(self, rows: ArrayLike) -> PagedKVCache:
         """The cache whose row b is row ``rows[b]`` of this one: they share pages, without a copy.
@@ -240,7 +227,7 @@ class PagedKVCache:
         """
         rows = indices_of_rows("rows", rows, self.lengths.shape[0])
         names = "table", "lengths", "begin", "offset"
-        taken = {name: jnp.take(getattr(self, name), rows, axis=0, mode="clip") for name in names}
+        taken = rows_of({name: getattr(self, name) for name in names}, rows)
         return dataclasses.replace(self, **taken)
 
     def to_arrays(self) -> CachedArrays:
@@ -252,22 +239,29 @@ class PagedKVCache:
             >>> PagedKVCache.empty(1, 64, 2, 8, pages=6).append(x, x).to_arrays().key.shape
             (1, 64, 2, 8)
         """
-        position = lax.iota(np.int32, self.slots)[None]
-        held = (position < jnp.minimum(self.lengths, self.held)[:, None])[..., None, None]
-        parts = (jnp.swapaxes(x, 1, 2) for x in gathered(self))
-        key, value = (jnp.where(held, x, 0) for x in parts)
-        return CachedArrays(key, value, jnp.zeros_like(self.lengths))
+        return on_auto_axes(_in_order, "pKPH", AXES_IN_ORDER, self.keys, self)
 
 
-def gathered(cache: PagedKVCache) -> tuple[Array, Array]:
-    """Keys and values (B, K, S, H) of every row, a copy."""
+def _in_order(_: Array, cache: PagedKVCache) -> CachedArrays:
+    position = lax.iota(np.int32, cache.slots)[None]
+    held = (position < jnp.minimum(cache.lengths, cache.held)[:, None])[..., None, None]
+    keys, values, *scales = gathered(cache)
+    parts = map(as_floats_of, (keys, values), scales)
+    key, value = (jnp.where(held, jnp.swapaxes(x, 1, 2), 0) for x in parts)
+    return CachedArrays(key, value, jnp.zeros_like(cache.lengths))
+
+
+def gathered(cache: PagedKVCache) -> tuple[Array, Array, Array | None, Array | None]:
+    """Keys and values (B, K, S, H) of every row, and their scales (B, K, S), a copy."""
     table = jnp.maximum(cache.table, 0)
 
-    def of(x: Array) -> Array:
-        pages = jnp.moveaxis(jnp.take(x, table, axis=0, mode="clip"), 2, 1)  # (B, K, M, P, H)
-        return pages.reshape(*pages.shape[:2], cache.slots, -1)
+    def of(x: Array | None) -> Any:
+        if x is None:
+            return None
+        pages = jnp.moveaxis(jnp.take(x, table, axis=0, mode="clip"), 2, 1)  # (B, K, M, P, ...)
+        return pages.reshape(*pages.shape[:2], cache.slots, *pages.shape[4:])
 
-    return of(cache.keys), of(cache.values)
+    return of(cache.keys), of(cache.values), of(cache.key_scales), of(cache.value_scales)
 
 
 @functools.partial(jax.jit, static_argnames="left_padded")
@@ -278,12 +272,10 @@ def _append(
     table, copies = with_pages(
         cache.table, cache.keys.shape[0], cache.page_size, cache.lengths, new
     )
-    keys, values = copied(copies, (cache.keys, cache.values))
-    put = functools.partial(written_in_pages, table=table, new=new)
+    pools, added = copied(copies, stored(cache)), as_stored(key, value, cache.keys.dtype)
     return dataclasses.replace(
         cache,
-        keys=put(keys, key),
-        values=put(values, value),
+        **{name: written_in_pages(pool, added[name], table, new) for name, pool in pools.items()},
         table=table,
         lengths=new.end,
         begin=cache.lengths,

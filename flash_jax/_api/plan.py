@@ -19,7 +19,6 @@ from .._formats.few_rows import FewRows
 from .._formats.floats import Floats
 from .._formats.in_place import InPlace
 from .._formats.int8 import MOST_SUMMED, Int8
-from .._formats.pages import Pages
 from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Part, Plan
@@ -155,67 +154,60 @@ def plan_int8(
     )
 
 
-def reads_in_place(query: Any, keys: Any) -> bool:
-    """Whether query (B, T, N, H) is multiplied with all keys (B or 1, K, S, H) of a cache at once.
+def reads_in_place(query: Any, dtype: Any, S: Any) -> bool:
+    """Whether query (B, T, N, H) is multiplied with all S keys of a cache of that dtype at once.
 
     Few rows take less time than reading the keys, which tiles of them copy.
     """
-    (B, T, _, _), S = query.shape, keys.shape[2]
+    B, T = query.shape[:2]
     if not all(map(known, (B, T, S))):
         return False
-    return T <= MOST_FEW and (keys.dtype != np.int8 or S <= MOST_SUMMED)
+    return T <= MOST_FEW and (dtype != np.int8 or S <= MOST_SUMMED)
 
 
-def plan_cached(query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool) -> Plan:
+def plan_cached(
+    query: Any, keys: Any, page_size: int | None, bound: Any, here: Machine, lse: bool, few: bool
+) -> Plan:
     """The plan for keys and values of a cache, heads first.
 
     Args:
         query: (B, T, N, H).
-        keys: (B or 1, K, S, H).
+        keys: (1, K, S, H), what a row has.
+        page_size: of keys in pages; None: they lie in one piece.
         bound: the options, and the tiles of both ways.
         here: the machine that the call is compiled for.
         lse: whether it is asked for.
         few: as ``reads_in_place``.
     """
-    _, K, S, H = keys.shape
-    key = np.broadcast_to(np.int8(0), (1, S, K, H))
-    kernel = None if few else bound.kernel
-    plan = plan_floats(query, key, bound.blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
-    dtype = _multiplied(query.dtype, here)
-    plan = dataclasses.replace(plan, kv_layout=Layout.HEADS_FIRST, format=Floats(dtype))
-    return _with_few(plan, InPlace(dtype), keys, K) if few else plan
+    T, (_, K, S, H) = query.shape[1], keys.shape
+    blocks, kernel, dtype = bound.blocks, bound.kernel, np.dtype(query.dtype)
+    if page_size is not None:
+        blocks, kernel = (_in_pages(tile, page_size) for tile in (blocks, kernel))
+    kernel = None if few else kernel
+    if keys.dtype == np.int8:
+        # With a scale per value, probabilities are rounded to bfloat16, or not at all.
+        probabilities = np.dtype(jnp.bfloat16 if here.bfloat16 else np.float32)
+        layout = Layout.HEADS_LAST
+        plan = plan_int8(query, S, blocks, layout, dtype, here, probabilities, kernel, lse)
+        number_format: Any = BytesInPlace()
+    else:
+        key = np.broadcast_to(np.int8(0), (1, S, K, H))
+        plan = plan_floats(query, key, blocks, Layout.HEADS_LAST, here, kernel=kernel, lse=lse)
+        multiplied = _multiplied(dtype, here)
+        plan = dataclasses.replace(plan, kv_layout=Layout.HEADS_FIRST, format=Floats(multiplied))
+        number_format = InPlace(multiplied)
+    if not few:
+        return plan
+    plan = _with_few(plan, number_format, keys, K)
+    if page_size is None:
+        return plan
+    part = _in_pages(BlockSizes(T, plan.few_keys), page_size)
+    return dataclasses.replace(plan, few_keys=part.kv)
 
 
-def plan_cached_int8(
-    query: Any, keys: Any, bound: Any, here: Machine, lse: bool, few: bool
-) -> Plan:
-    """As ``plan_cached``, for keys and values in 8 bits."""
-    # With a scale per value, probabilities are rounded to bfloat16, or not at all.
-    probabilities = np.dtype(jnp.bfloat16 if here.bfloat16 else np.float32)
-    plan = plan_int8(
-        query,
-        keys.shape[2],
-        bound.blocks,
-        Layout.HEADS_LAST,
-        np.dtype(query.dtype),
-        here,
-        probabilities,
-        None if few else bound.kernel,
-        lse,
-    )
-    return _with_few(plan, BytesInPlace(), keys, keys.shape[1]) if few else plan
-
-
-def plan_paged(query: Any, pool: Any, table: Any, bound: Any, here: Machine, lse: bool) -> Plan:
-    """The plan of few queries for a pool (pages, K, P, H) and a table (B, M)."""
-    (_, K, P, H), M = pool.shape, table.shape[1]
-    plan = plan_cached(
-        query, np.broadcast_to(pool.dtype.type(0), (1, K, M * P, H)), bound, here, lse, True
-    )
-    most = max(1, plan.few_keys // P)
-    count = max(n for n in range(1, M + 1) if M % n == 0 and n <= most)
-    few = Pages(_multiplied(query.dtype, here))
-    return dataclasses.replace(plan, few=few, few_keys=count * P)
+def _in_pages(blocks: BlockSizes, size: int) -> BlockSizes:
+    """The same tiles, with keys of whole pages, one at least."""
+    return BlockSizes(blocks.q, max(1, blocks.kv // size) * size)
 
 
 def _with_few(plan: Plan, number_format: Any, keys: Any, K: int) -> Plan:

@@ -51,13 +51,22 @@ def no_taylor_series(*_: Any, **__: Any) -> Any:
 
 def as_int8(**arrays: object) -> list[Array]:
     """The arguments as arrays of int8."""
+    return _as_integers(np.dtype(np.int8), arrays)
+
+
+def as_int16(**arrays: object) -> list[Array]:
+    """The arguments as arrays of int16."""
+    return _as_integers(np.dtype(np.int16), arrays)
+
+
+def _as_integers(dtype: np.dtype, arrays: dict[str, object]) -> list[Array]:
     converted = []
     for name, x in arrays.items():
         if not hasattr(x, "dtype") or not hasattr(x, "shape"):
             raise TypeError(f"{name} must be an array; it is {type(x).__name__}")
         converted.append(jnp.asarray(x))
-        if converted[-1].dtype != np.int8:
-            raise TypeError(f"{name} must be int8; its dtype is {converted[-1].dtype}")
+        if converted[-1].dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}; its dtype is {converted[-1].dtype}")
     return converted
 
 

@@ -41,10 +41,16 @@ class BytesInPlace:
         assert not fused
         assert operands.quantization is not None
         q_scale, _, k_scale, _, v_scale = operands.quantization
-        whole, int8 = tile.kv.count == 1, np.dtype(np.int8)
+        pages = operands.pages
+        whole = tile.kv.count == 1 and pages is None
 
         def held(x: Array, j: Array) -> Array:
-            return tile.of_instance(x) if whole else kv_tile(plan, tile, x, j, int8)
+            if whole:
+                return tile.of_instance(x)
+            return kv_tile(plan, tile, x, j, np.dtype(np.int8), pages)
+
+        def scales(x: Array, j: Array) -> Array:
+            return key_columns(tile, x, j, pages)
 
         q = apart(q_tile(plan, tile, operands.q, np.dtype(np.float32)))
         scale = jnp.max(jnp.abs(q), axis=-1, keepdims=True) / _LEVELS
@@ -62,7 +68,7 @@ class BytesInPlace:
             n = tile.rows
             of_high = (sums[:, :n] - 128 * sums[:, 2 * n :]).astype(np.float32)
             s = of_high * 256 + sums[:, n : 2 * n].astype(np.float32)
-            return rounded(s * (scale * key_columns(tile, k_scale, j)[:, None]))
+            return rounded(s * (scale * scales(k_scale, j)[:, None]))
 
         def weigh(p: Array, values: tuple[Array, Array]) -> Array:
             v, v_scale = values
@@ -76,7 +82,7 @@ class BytesInPlace:
 
         return Products(
             scores=scores,
-            values=lambda j: (held(operands.v, j), key_columns(tile, v_scale[..., 0], j)),
+            values=lambda j: (held(operands.v, j), scales(v_scale[..., 0], j)),
             weigh=weigh,
             finish=lambda o: o,
             floats=False,

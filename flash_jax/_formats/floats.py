@@ -34,9 +34,10 @@ class Floats:
             return _bfloat16_products(operands, plan, tile, fused)
         acc = Dimensions.of(operands, plan).acc
         q = operands.scores.scaled(tile, q_tile(plan, tile, operands.q, acc))
+        held = lambda x, j: kv_tile(plan, tile, x, j, acc, operands.pages)  # noqa: E731
         return Products(
-            scores=lambda j: operands.scores.products(q, kv_tile(plan, tile, operands.k, j, acc)),
-            values=lambda j: kv_tile(plan, tile, operands.v, j, acc),
+            scores=lambda j: operands.scores.products(q, held(operands.k, j)),
+            values=lambda j: held(operands.v, j),
             weigh=online.dot,
             finish=lambda o: o,
         )
@@ -48,15 +49,17 @@ def _bfloat16_products(operands: Operands, plan: Plan, tile: QueryTile, fused: b
     q = apart(q_tile(plan, tile, operands.q, dtype))
     scale = tile.of_instance(operands.scores.scale)
 
+    def held(x: Array, j: Array) -> Array:
+        return apart(kv_tile(plan, tile, x, j, dtype, operands.pages))
+
     def scores(j: Array) -> Array:
-        k = apart(kv_tile(plan, tile, operands.k, j, dtype))
         # Scaled afterwards: a scaled query would have to be rounded.
-        s = online.dot(q, k, -1, np.float32) * scale
+        s = online.dot(q, held(operands.k, j), -1, np.float32) * scale
         return s if fused else rounded(s)
 
     return Products(
         scores=scores,
-        values=lambda j: apart(kv_tile(plan, tile, operands.v, j, dtype)),
+        values=lambda j: held(operands.v, j),
         weigh=weigh_fused if fused else weigh_bfloat16,
         finish=lambda o: o,
         coarse=True,

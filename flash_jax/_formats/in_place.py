@@ -34,14 +34,14 @@ class InPlace:
         if self.dtype == acc:
             q = operands.scores.scaled(tile, q)
 
-        whole = tile.kv.count == 1
+        whole = tile.kv.count == 1 and operands.pages is None
         # A slice is multiplied by one row several times slower, too (0.12).
         product = dot if whole and self.dtype == acc else dot_of_rows
 
         def held(x: Array, j: Array) -> Array:
             if whole:
                 return tile.of_instance(x).astype(self.dtype)
-            return kv_tile(plan, tile, x, j, self.dtype)
+            return kv_tile(plan, tile, x, j, self.dtype, operands.pages)
 
         def multiplied(rows: Array, x: Array, axis: int) -> Array:
             return product(rows.astype(self.dtype), x, axis, acc)

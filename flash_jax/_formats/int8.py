@@ -70,20 +70,24 @@ def _int8_products(
     _, _, k_scale, k_zero, v_scale = operands.quantization
     q = apart(q_tile(plan, tile, operands.q, np.dtype(np.uint8)))
     q_scale, q_shift = _of_rows(operands.quantization, tile)
+    pages = operands.pages
+
+    def held(x: Array, j: Array) -> Array:
+        return kv_tile(plan, tile, x, j, np.dtype(np.int8), pages)
 
     def scores(j: Array) -> Array:
-        zero, scale = (key_columns(tile, x, j)[:, None] for x in (k_zero, k_scale))
-        integers = vmap(dot_u8_s8)(q, kv_tile(plan, tile, operands.k, j, np.dtype(np.int8))) - zero
+        zero, scale = (key_columns(tile, x, j, pages)[:, None] for x in (k_zero, k_scale))
+        integers = vmap(dot_u8_s8)(q, held(operands.k, j)) - zero
         # Rounded, they are also computed once only: XLA would fuse them into the maximum, and again
         # into the probabilities, at several times the cost.
         s = rounded(integers.astype(np.float32) * (scale * q_scale))
         return s if q_shift is None else s + q_shift
 
     def values(j: Array) -> Array:
-        v = kv_tile(plan, tile, operands.v, j, np.dtype(np.int8))
-        return (
-            v if probabilities == np.uint8 else _scaled(v, v_scale, tile, j).astype(probabilities)
-        )
+        v = held(operands.v, j)
+        if probabilities == np.uint8:
+            return v
+        return _scaled(v, v_scale, tile, j, pages).astype(probabilities)
 
     finish = functools.partial(_scaled_by_channel, v_scale, tile)
     products = Products(scores, values, online.dot, finish, floats=False)
@@ -105,21 +109,21 @@ def _fused_products(
     """
     assert operands.quantization is not None
     _, _, k_scale, _, v_scale = operands.quantization
-    bfloat16 = np.dtype(jnp.bfloat16)
+    bfloat16, pages = np.dtype(jnp.bfloat16), operands.pages
     q = q_tile(plan, tile, operands.q, np.dtype(np.int32)) - ZERO_POINT
     q = apart(q.astype(bfloat16))
     q_scale, q_shift = _of_rows(operands.quantization, tile)
     dtype = bfloat16 if probabilities == np.uint8 else probabilities
 
     def scores(j: Array) -> Array:
-        k = kv_tile(plan, tile, operands.k, j, bfloat16)
+        k = kv_tile(plan, tile, operands.k, j, bfloat16, pages)
         integers = online.dot(q, k, -1, np.float32)
-        s = integers * (key_columns(tile, k_scale, j)[:, None] * q_scale)
+        s = integers * (key_columns(tile, k_scale, j, pages)[:, None] * q_scale)
         return s if q_shift is None else s + q_shift
 
     def values(j: Array) -> Array:
-        v = kv_tile(plan, tile, operands.v, j, dtype)
-        return _scaled(v, v_scale, tile, j).astype(dtype)
+        v = kv_tile(plan, tile, operands.v, j, dtype, pages)
+        return _scaled(v, v_scale, tile, j, pages).astype(dtype)
 
     finish = functools.partial(_scaled_by_channel, v_scale, tile)
     coarse = dtype == bfloat16
@@ -134,17 +138,24 @@ def _of_rows(quantization: Quantization, tile: QueryTile) -> tuple[Array, Array 
     return query_rows(tile, scale)[..., None], shift
 
 
-def _scaled(v: Array, v_scale: Array, tile: QueryTile, j: Array) -> Array:
+def _scaled(
+    v: Array, v_scale: Array, tile: QueryTile, j: Array, pages: Array | None = None
+) -> Array:
     """Values of key tile j times scales per row, in float32; those per channel come at the end."""
-    if v_scale.shape[2] == 1:
+    if _by_channel(v_scale):
         return v
-    return v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j)[..., None]
+    return v.astype(np.float32) * key_columns(tile, v_scale[..., 0], j, pages)[..., None]
 
 
 def _scaled_by_channel(v_scale: Array, tile: QueryTile, o: Array) -> Array:
-    if v_scale.shape[2] != 1:
+    if not _by_channel(v_scale):
         return o
     return o * lax.dynamic_slice_in_dim(tile.of_instance(v_scale), tile.head, tile.heads)
+
+
+def _by_channel(v_scale: Array) -> bool:
+    """Whether all values of a head have the same scales. Those in pages have their own."""
+    return v_scale.ndim == 4 and v_scale.shape[2] == 1
 
 
 def summable(name: str, head_dim: int, blocks: BlockSizes) -> BlockSizes:

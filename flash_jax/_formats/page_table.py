@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
@@ -61,28 +62,28 @@ def with_pages(
     return after, Copies(source[order], target[order], jnp.sum(copied, dtype=np.int32))
 
 
-def copied(copies: Copies, pools: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Pools (pages, K, P, H) after the copies.
+def copied(copies: Copies, pools: dict[str, Array]) -> dict[str, Array]:
+    """Pools (pages, ...) after the copies.
 
     By a loop: where there is nothing to copy it does nothing, and leaves the pools in place.
     """
 
-    def copy(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        i, *xs = carry
-        keys, values = (
-            lax.dynamic_update_index_in_dim(
-                x, lax.dynamic_index_in_dim(x, copies.source[i], 0), copies.target[i], 0
-            )
-            for x in xs
-        )
-        return i + 1, keys, values
+    def copy(carry: tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:
+        i, pools = carry
+        source, target = copies.source[i], copies.target[i]
 
-    return lax.while_loop(lambda x: x[0] < copies.count, copy, (jnp.int32(0), *pools))[1:]
+        def of(x: Array) -> Array:
+            page = lax.dynamic_index_in_dim(x, source, 0)
+            return lax.dynamic_update_index_in_dim(x, page, target, 0)
+
+        return i + 1, jax.tree.map(of, pools)
+
+    return lax.while_loop(lambda x: x[0] < copies.count, copy, (jnp.int32(0), pools))[1]
 
 
 def written_in_pages(pool: Array, x: Array, table: Array, new: Appended) -> Array:
-    """The pool (pages, K, P, H) with the new tokens x (B, T, K, H) that the table has pages for."""
-    (pages, _, P, _), M = pool.shape, table.shape[1]
+    """The pool (pages, K, P, ...) with new tokens x (B, T, K, ...) that the table has pages for."""
+    (pages, _, P, *_), M = pool.shape, table.shape[1]
     index = new.position // np.int32(P)
     page = jnp.take_along_axis(table, jnp.clip(index, 0, M - 1), axis=1)
     page = jnp.where(new.real & (page >= 0) & (index < M), page, pages)

@@ -55,14 +55,17 @@ def written(x: Array, new: Array, slot: Array) -> Array:
     return at.set(new.astype(x.dtype), mode="drop", unique_indices=True)
 
 
-def quantized_rows(key: Array, value: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Keys and values (B, T, K, H) as int8, and their scales (B, T, K).
+def as_stored(key: Array, value: Array, dtype: np.dtype) -> dict[str, Array]:
+    """What a cache of that dtype stores of new keys and values (B, T, K, H), by name.
 
-    Where a key or its value is not finite, the scale of the key is NaN: whoever reads it gets NaN,
-    and whoever does not is spared.
+    In int8 with scales (B, T, K). Where a key or its value is not finite, the scale of the key is
+    NaN: whoever reads it gets NaN, and whoever does not is spared.
     """
+    if dtype != np.int8:
+        return {"keys": key, "values": value}
     (k, k_scale, k_finite), (v, v_scale, v_finite) = map(_by_row, (key, value))
-    return (k, jnp.where(k_finite & v_finite, k_scale, jnp.nan)), (v, v_scale)
+    k_scale = jnp.where(k_finite & v_finite, k_scale, jnp.nan)
+    return {"keys": k, "values": v, "key_scales": k_scale, "value_scales": v_scale}
 
 
 def _by_row(x: Array) -> tuple[Array, Array, Array]:
@@ -73,5 +76,5 @@ def _by_row(x: Array) -> tuple[Array, Array, Array]:
 
 
 def as_floats_of(x: Array, scales: Array | None) -> Array:
-    """What x (B, K, S, H) stands for: floats."""
+    """What x (..., H) with scales (...) stands for: floats."""
     return x if scales is None else x.astype(np.float32) * scales[..., None]

@@ -66,7 +66,7 @@ def operand_axes(operands: Operands, plan: Plan) -> Operands:
     scores: Any = ("B", mask, "B", "BN", "B", "BNTS")
     quantization: Any = ("BNT", "BNT", "BKS", "BKS", "BKS.")
     if operands.pages is not None:  # pools, whose pages any row may have
-        kv = "..K.."
+        kv, quantization = "..K..", ("BNT", "BNT", "..K.", "..K.", "..K..")
     named: Any = (
         *(_laid_out(plan.layout, "N", "T"), kv, kv, Scores(*scores)),
         *("BN", "B.", Quantization(*quantization), "B."),

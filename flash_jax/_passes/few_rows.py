@@ -72,16 +72,12 @@ def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
 def _mended(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
     """The state of all instances where some value is NaN or infinite, read or not."""
     start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
-    paged = operands.pages is not None
-    careful = plan if paged else dataclasses.replace(plan, few=plan.format)
+    careful = dataclasses.replace(plan, few=plan.format)
 
     def at(j: Array, carry: tuple[online.State, Array]) -> tuple[online.State, Array]:
         def add(tile: QueryTile, arrays: tuple[Operands, Array]) -> Array:
             operands, others = arrays
-            if paged:
-                v = _products(operands, plan, tile).values(j)
-            else:
-                v = kv_tile(plan, tile, operands.v, j, others.dtype)
+            v = kv_tile(plan, tile, operands.v, j, others.dtype, operands.pages)
             return with_nonfinite(operands.scores.keep(tile, j), v, tile.of_instance(others))
 
         state, others = carry

@@ -40,7 +40,7 @@ def with_kept_nonfinite(
         return add if masked else lambda j, o: o  # a full tile has added its own
 
     def add(j: Array, o: Array) -> Array:
-        v = kv_tile(plan, tile, operands.v, j, o.dtype)
+        v = kv_tile(plan, tile, operands.v, j, o.dtype, operands.pages)
         return with_nonfinite(operands.scores.keep(tile, j), v, o)
 
     show = lambda o: over_key_tiles(operands, tile, step, o)  # noqa: E731

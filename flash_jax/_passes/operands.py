@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax import Array, lax
+from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
@@ -26,6 +27,8 @@ class Quantization(NamedTuple):
     """What quantized queries, keys and values carry beside their integers.
 
     Query t times key s is    q_scale[t] k_scale[s] (q[t] . k[s] - k_zero[s]) + q_shift[t]
+
+    In pages, what is (B, K, S, ...) here is (1, pages, K, P, ...).
     """
 
     q_scale: Array  # (B, N, T), the softmax scale included
@@ -129,8 +132,12 @@ def q_tile(plan: Plan, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
     return taken.reshape(tile.heads, tile.rows, x.shape[-1]).astype(dtype)
 
 
-def kv_tile(plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
-    """(heads, block_kv, H) of key tile j of x, laid out as keys."""
+def kv_tile(
+    plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype, pages: Array | None = None
+) -> Array:
+    """(heads, block_kv, H) of key tile j of x, laid out as keys, or in pages."""
+    if pages is not None:
+        return tile_in_pages(tile, x, pages, j).astype(dtype)
     start, entry = tile.kv.start(j), tile.entry_of(x)
     taken = take_tile(plan.kv_layout, x, entry, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
@@ -143,10 +150,36 @@ def query_rows(tile: QueryTile, x: Array) -> Array:
     return lax.dynamic_slice(x, (tile.entry_of(x), n, t), size).reshape(tile.heads, tile.rows)
 
 
-def key_columns(tile: QueryTile, x: Array, j: Array) -> Array:
-    """(heads, block_kv) of key tile j of x (B, K, S)."""
+def key_columns(tile: QueryTile, x: Array, j: Array, pages: Array | None = None) -> Array:
+    """(heads, block_kv) of key tile j of x (B, K, S), or in pages."""
+    if pages is not None:
+        return tile_in_pages(tile, x[..., None], pages, j)[..., 0]
     start = (tile.entry_of(x), tile.head, tile.kv.start(j))
     return lax.dynamic_slice(x, start, (1, tile.heads, tile.kv.block))[0]
+
+
+def tile_in_pages(tile: QueryTile, x: Array, table: Array, j: Array) -> Array:
+    """(heads, block_kv, H) of key tile j of pools x (1, pages, K, P, H), found by the table (B, M).
+
+    A page that there is not is any other: its keys are masked.
+    """
+    (*_, P, H), M, size = x.shape, table.shape[1], tile.kv.block
+    start = tile.kv.start(j)
+    if size % P:  # the tile begins anywhere
+        count = min(M, -(-size // P) + 1)
+        first = jnp.minimum(start // np.int32(P), np.int32(M - count))
+    else:
+        count, first = size // P, start // np.int32(P)
+    page = lax.dynamic_slice_in_dim(tile.of_instance(table), first, count)
+    # A gather of slices, not of heads and then of pages: the pool is not copied.
+    at = jnp.stack([jnp.maximum(page, 0), jnp.full_like(page, tile.head)], axis=1)
+    dimensions = lax.GatherDimensionNumbers((0, 2, 3), (0,), (0, 1))
+    found = lax.gather(
+        tile.of_instance(x), at, dimensions, (1, tile.heads, P, H), mode="clip"
+    ).reshape(tile.heads, count * P, H)
+    if size % P == 0:
+        return found
+    return lax.dynamic_slice_in_dim(found, start - first * np.int32(P), size, axis=1)
 
 
 def kept_weights(operands: Operands, plan: Plan, tile: QueryTile, j: Array) -> Array | None:

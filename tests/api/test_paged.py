@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 from flash_jax import KVCache, PagedKVCache, attend, attend_with_lse
+from flash_jax._passes.operands import tile_in_pages
+from flash_jax._tiles.tile import Axis, QueryTile
 
 B, K, N, H, Hv = 3, 2, 4, 5, 3
 P, M = 4, 6
@@ -141,6 +143,64 @@ def test_pages_are_written_in_place(rng):
     assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes
 
 
+@pytest.mark.parametrize("block_sizes", [None, (7, 8)])
+def test_many_queries_read_pages_in_tiles(block_sizes, rng):
+    """Key tiles of all, and of two pages."""
+    cache, rows = empty(pages=18)
+    for T, lengths in ((5, (5, 2, 4)), (19, (18, 17, 19))):
+        key, value, query = tokens(rng, T)
+        cache = append(cache, key, value, np.array(lengths))
+        rows.append(key, value, lengths)
+    run = jax.jit(functools.partial(attend_with_lse, block_sizes=block_sizes))
+    for x, right in zip(run(query, cache), rows.attend(query), strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-6)
+
+
+@pytest.mark.parametrize("size", [2, 8, 10, 24])
+def test_a_tile_of_any_size_is_found_in_pages(size, rng):
+    """Some heads of keys that are less than a page, whole pages, and parts of pages."""
+    pool = rng.standard_normal((1, 9, 3, P, H)).astype(np.float32)
+    table = np.array([[0, 1, 2, 3, 4, 5], [7, 0, 8, 2, 2, 5]], np.int32)
+    rows = np.moveaxis(pool[0, table[1]], 1, 0).reshape(3, P * M, H)
+    zero, one = np.int32(0), np.int32(1)
+    kv = Axis.of(P * M, size)
+    tile = QueryTile(Axis(1, 1), kv, one, 2, one, 2, one, 2, 1, zero)
+    for j in range(kv.count):
+        start = min(j * size, P * M - size)
+        found = tile_in_pages(tile, jnp.asarray(pool), jnp.asarray(table), jnp.int32(j))
+        np.testing.assert_array_equal(found, rows[1:, start : start + size])
+
+
+def test_pages_are_never_copied_into_order():
+    """Temporaries of many queries do not grow with what they read."""
+
+    def temporaries(length):
+        cache = PagedKVCache.empty(2, length, 4, 32, pages=length // 8, page_size=16)
+        query = jax.ShapeDtypeStruct((2, 64, 8, 32), np.float32)
+        compiled = jax.jit(attend).lower(query, cache).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, cache.nbytes
+
+    (short, n), (long, more) = map(temporaries, (4096, 32768))
+    assert long - short < (more - n) / 100
+
+
+@pytest.mark.parametrize("T", [1, 18])
+def test_pages_of_int8_are_a_cache_of_int8(T, rng):
+    cache, _ = empty(pages=20, dtype="int8")
+    whole = KVCache.empty(B, P * M, K, H, value_dim=Hv, dtype="int8")
+    for n, lengths in ((5, (5, 0, 3)), (T, (T, T, T))):
+        key, value, query = tokens(rng, n)
+        cache, whole = (
+            jax.jit(type(c).append)(c, key, value, np.array(lengths)) for c in (cache, whole)
+        )
+        if n == 5:  # row 1 goes on in a copy of row 0's last page
+            cache, whole = cache.reorder([0, 0, 2]), whole.reorder([0, 0, 2])
+    for x, right in zip(cache.to_arrays(), whole.to_arrays(), strict=True):
+        np.testing.assert_array_equal(x, right)
+    for x, right in zip(with_lse(query, cache), with_lse(query, whole), strict=True):
+        np.testing.assert_allclose(x, right, atol=3e-4 if T == 1 else 2e-2)
+
+
 def test_gradients_and_vmap(rng):
     cache, _ = empty()
     key, value, query = tokens(rng, 2)
@@ -156,7 +216,7 @@ def test_gradients_and_vmap(rng):
 def test_errors_name_the_argument(rng):
     with pytest.raises(ValueError, match="page_size must be > 0; it is 0"):
         PagedKVCache.empty(1, 8, 1, 1, pages=2, page_size=0)
-    with pytest.raises(ValueError, match="dtype must be a float of a cache in pages"):
-        PagedKVCache.empty(1, 8, 1, 1, pages=2, dtype="int8")
+    with pytest.raises(ValueError, match="dtype must be one of float32"):
+        PagedKVCache.empty(1, 8, 1, 1, pages=2, dtype="int4")
     with pytest.raises(TypeError, match="prefix must be a KVCache; it is PagedKVCache"):
         attend(tokens(rng, 1)[2], empty()[0], prefix=empty()[0])

@@ -19,7 +19,7 @@ from unoptimized import UNOPTIMIZED
 from flash_jax.__main__ import main
 from flash_jax._cli import commands
 from flash_jax._cli.bench import available, exact, measure, processes, report
-from flash_jax._cli.bench.cases import CASES, Case, in_dtypes, over_devices
+from flash_jax._cli.bench.cases import CASES, Case, in_dtypes, over_devices, twin
 from flash_jax._cli.bench.exact import exact_rows, random_inputs
 from flash_jax._cli.bench.processes import Worker, WorkerError
 from flash_jax._cli.bench.subjects import MACHINE, OURS, OURS_INT8, SUBJECTS, TORCH, Entry, versions
@@ -127,6 +127,9 @@ BUILDS = [
     (TORCH, "bf16"),
     ("ONNX Runtime", "full"),
     ("ONNX Runtime", "gqa"),
+    ("ONNX Runtime cache", "decode"),
+    ("ONNX Runtime cache fp16", "decode-bf16"),
+    ("ONNX Runtime cache int8", "decode"),
     ("OpenVINO", "causal"),
     ("OpenVINO bf16", "bf16"),
 ]
@@ -134,7 +137,7 @@ BUILDS = [
 
 @pytest.mark.parametrize(("name", "case"), BUILDS)
 def test_a_subject_gives_the_exact_results_of_a_case(name, case, monkeypatch):
-    entry, case = SUBJECTS[name], SMALL[case]
+    entry, case = SUBJECTS[name], (SMALL | {"decode-bf16": twin(SMALL["decode"])})[case]
     for module, version in versions(entry.needs).items():
         if version is None:
             pytest.skip(f"{module} is in the extra `bench`")
@@ -157,6 +160,7 @@ def test_a_subject_gives_the_exact_results_of_a_case(name, case, monkeypatch):
         ("jax.nn", [name for name in SMALL if name != "packed"]),
         (TORCH, ["full", "causal", "gqa", "window", "decode", "train", "bf16"]),
         ("ONNX Runtime", ["full", "causal", "gqa"]),
+        ("ONNX Runtime cache int8", ["decode"]),
         ("OpenVINO", ["full", "causal"]),
         ("OpenVINO bf16", ["bf16"]),
     ],

@@ -4,7 +4,7 @@ import jax
 import keras
 import numpy as np
 from jax import export
-from keras_layers import MARKS, Block, D, T, gqa, little_optimization, mha, spy
+from keras_layers import MARKS, Block, D, H, N, T, gqa, little_optimization, mha, spy
 
 from flash_jax.keras import use_flash_attention, use_keras_attention
 
@@ -78,3 +78,53 @@ def test_an_exported_model_takes_every_size(rng):
     for ids, out in zip(batches, outputs, strict=True):
         expected = jax.jit(lambda ids: call(ids))(ids)  # call itself has been traced
         np.testing.assert_allclose(out[ids > 0], expected[ids > 0], atol=1e-5)
+
+
+class Cached(keras.layers.MultiHeadAttention):
+    """As KerasHub's: keys and values are written into a cache (B, 2, S, N, H), which is read."""
+
+    def call(self, x, cache, index):
+        start = [0, index, 0, 0]
+        updates = self._key_dense(x), self._value_dense(x)
+        key, value = (
+            keras.ops.slice_update(cache[:, i], start, new) for i, new in enumerate(updates)
+        )
+        written, read = keras.ops.arange(x.shape[1]) + index, keras.ops.arange(cache.shape[2])
+        mask = (read[None] <= written[:, None])[None]
+        out, _ = self._compute_attention(self._query_dense(x), key, value, attention_mask=mask)
+        return self._output_dense(out), keras.ops.stack((key, value), axis=1)
+
+
+def test_a_model_that_generates_with_its_own_cache(rng):
+    """As KerasHub's ``generate``: a prompt, and then a loop of one token at a time."""
+    embed, layer = keras.layers.Embedding(13, D), Cached(N, H)
+    embed.build((1, T))
+    layer.build((1, T, D), (1, T, D))
+    prompt, S = rng.integers(1, 13, (3, 5)).astype(np.int32), 17
+
+    def read(ids, cache, index):
+        x = embed(ids)
+        y, cache = layer(x, cache=cache, index=index)
+        logits = keras.ops.matmul((x + 3 * y)[:, -1], keras.ops.transpose(embed.embeddings))
+        return keras.ops.argmax(logits, axis=-1).astype("int32"), cache
+
+    def generate():
+        cache = keras.ops.zeros((3, 2, S, N, H))
+        token, cache = read(prompt, cache, 0)
+        ids = keras.ops.slice_update(keras.ops.zeros((3, S), "int32"), [0, 0], prompt)
+
+        def step(index, token, ids, cache):
+            ids = keras.ops.slice_update(ids, [0, index], token[:, None])
+            token, cache = read(token[:, None], cache, index)
+            return index + 1, token, ids, cache
+
+        state = keras.ops.convert_to_tensor(5), token, ids, cache
+        return keras.ops.while_loop(lambda index, *_: index < S, step, state)[2]
+
+    expected = jax.jit(generate)()
+    use_flash_attention(layer)
+    with spy() as attend:
+        ids = jax.jit(lambda: generate())()  # generate itself has been traced
+    assert attend.call_count == 2
+    np.testing.assert_array_equal(ids, expected)
+    assert len(np.unique(ids)) > 3

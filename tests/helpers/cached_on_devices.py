@@ -9,7 +9,6 @@ import re
 
 import jax
 import numpy as np
-import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from partitioned import compare
@@ -85,12 +84,30 @@ def check_pages():
     compare(step(cache, *arrays)[0], expected, 1e-5)
 
 
-def check_explicit():
+def check_explicit(divided, cache):
+    """Every method, with results that are sharded as the cache is."""
     rng = np.random.default_rng(20180508)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
-    cache, arrays = placed(mesh, 0, KVCache.empty(B, S, K, H), tokens(rng, 1))
-    with pytest.raises(NotImplementedError, match="cache must be sharded over Auto axes"):
-        step(cache, *arrays)
+    arrays, more, rows = tokens(rng, 7), tokens(rng, 1), [1, 1, 0, 3]
+
+    def schedule(cache, arrays, more):
+        cache = cache.append(*arrays[1:], [7, 3, 5, 7]).reorder(rows).truncate(6).reset([2])
+        return *step(cache, *more), cache.append(*more[1:])
+
+    expected, *_ = schedule(cache, arrays, more)
+    placed_cache, arrays = placed(mesh, OF[divided], cache, arrays)
+    _, more = placed(mesh, OF[divided], cache, more)
+    # Outside ``jit``, too, where rows may be counted.
+    run = schedule if divided == "batch" else jax.jit(schedule)
+    found, *after = run(placed_cache, arrays, more)
+    compare(found, expected, 1e-5)
+    for cache in after:
+        for x, before in zip(*map(jax.tree.leaves, (cache, placed_cache)), strict=True):
+            assert jax.typeof(x).sharding.spec == jax.typeof(before).sharding.spec
+    found = after[0].to_arrays().key
+    assert found.sharding.spec[0] == placed_cache.keys.sharding.spec[0]
+    atol = 0.02 if cache.keys.dtype == np.int8 else 0
+    np.testing.assert_allclose(*(np.asarray(x)[2, 0] for x in (found, more[1])), atol=atol)
 
 
 def checks():
@@ -99,4 +116,9 @@ def checks():
     for case in cases:
         yield f"cache: {case}", functools.partial(check, *case)
     yield "cache: pages", check_pages
-    yield "cache: explicit axes", check_explicit
+    for divided in OF:
+        kind = KINDS["int8" if divided == "keys" else "float32"]
+        cache = KVCache.empty(B, S, K, H, **kind)
+        yield f"cache: explicit {divided}", functools.partial(check_explicit, divided, cache)
+    pages = PagedKVCache.empty(B, 72, K, H, pages=40, page_size=8)
+    yield "cache: explicit pages", functools.partial(check_explicit, "kv heads", pages)

@@ -18,9 +18,10 @@ from caches import (
     tokens,
     with_lse,
 )
+from jax import export
 from jax import numpy as jnp
 
-from flash_jax import attend, attend_with_lse
+from flash_jax import PagedKVCache, attend, attend_with_lse
 
 
 def reference(query, key, value, mask):
@@ -98,6 +99,38 @@ def test_results_are_the_same_outside_jit(rng):
     cache = empty().append(key, value)
     np.testing.assert_allclose(attend(query, cache), with_lse(query, cache)[0], atol=1e-6)
     assert cache.nbytes == cache.keys.nbytes + cache.values.nbytes
+
+
+def step(cache, query, key, value):
+    cache = cache.append(key, value)
+    return attend(query, cache), cache
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8 window", "pages"])
+def test_a_step_is_exported_with_its_cache(kind, rng):
+    """With a symbolic batch size, where the numbers of a cache of floats are the same."""
+    if kind == "pages":
+        cache = PagedKVCache.empty(B, 12, K, H, value_dim=Hv, pages=9, page_size=4)
+    else:
+        cache = empty(kind)
+    old, (key, value, query) = tokens(rng, 3)[:2], tokens(rng, 1)
+    args = cache.append(*old), query, key, value
+    right, grown = jax.jit(step)(*args)
+    shapes = jax.eval_shape(lambda x: x, args)
+    if kind != "int8 window":
+        (rows,) = export.symbolic_shape("rows")
+
+        def symbolic(x):
+            shape = tuple(rows if n == B and i == 0 else n for i, n in enumerate(x.shape))
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        shapes = jax.tree.map(symbolic, shapes)
+    stored = export.export(jax.jit(step))(*shapes).serialize()
+    out, after = export.deserialize(stored).call(*args)
+    np.testing.assert_allclose(out, right, atol=1e-6)
+    assert jax.tree.structure(after) == jax.tree.structure(grown)
+    for x, y in zip(*map(jax.tree.leaves, (after, grown)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8 window"])

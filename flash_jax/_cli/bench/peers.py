@@ -63,6 +63,66 @@ def onnxruntime_attention(case: Case, inputs: list[np.ndarray]) -> Subject:
     return _onnx_subject(case, "GroupQueryAttention", feeds, outputs, attributes)
 
 
+def onnxruntime_cache(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Binds GroupQueryAttention to a cache of float32, or of float16 where the case has 16 bits."""
+    kind = np.float32 if case.dtype == "float32" else np.float16
+    inputs = [x.astype(kind) for x in inputs]
+    return _onnx_step(case, inputs, heads_first(inputs[1:3]), {}, {})
+
+
+def onnxruntime_cache_int8(case: Case, inputs: list[np.ndarray]) -> Subject:
+    """Binds GroupQueryAttention to a cache of int8, which has a scale per head and channel."""
+    cache, scales = [], {}
+    for name, x in zip(("k_scale", "v_scale"), heads_first(inputs[1:3]), strict=True):
+        scales[name] = np.max(np.abs(x), axis=(0, 2), keepdims=True) / np.float32(127)
+        cache.append(np.round(x / scales[name]).astype(np.int8))
+    names = "k_quant_type", "v_quant_type"
+    attributes = dict.fromkeys(names, "PER_CHANNEL") | {"kv_cache_bit_width": 8}
+    return _onnx_step(case, inputs, cache, scales, attributes)
+
+
+def _onnx_step(
+    case: Case,
+    inputs: list[np.ndarray],
+    cache: list[np.ndarray],
+    scales: dict[str, np.ndarray],
+    attributes: dict[str, Any],
+) -> Subject:
+    """One token with a cache (B, K, S, H) each: its last slot is written in place, and all read."""
+    runtime: Any = importlib.import_module("onnxruntime")
+    last = (x[:, -1:].reshape(case.B, 1, -1) for x in inputs)
+    arrays = dict(zip("qkv", last, strict=False))
+    past = dict(zip(("past_k", "past_v"), cache, strict=True))
+    feeds = (
+        arrays
+        | past
+        | {
+            "last": np.full((case.B,), case.S - 1, np.int32),
+            "total": np.array(case.S, np.int32),
+            **scales,
+        }
+    )
+    # Between them come inputs that are not given: rotations, positions, a bias and sinks.
+    names = [*list(feeds)[:7], *([""] * 5 if scales else []), *scales]
+    outputs = ["out", "present_k", "present_v"]
+    attributes = {"num_heads": case.N, "kv_num_heads": case.K, **attributes}
+    session = _onnx_session("GroupQueryAttention", names, feeds, outputs, attributes)
+    binding = session.io_binding()
+    held = {name: runtime.OrtValue.ortvalue_from_numpy(x) for name, x in feeds.items()}
+    held["out"] = runtime.OrtValue.ortvalue_from_numpy(np.zeros_like(arrays["q"]))
+    for name in feeds:
+        binding.bind_ortvalue_input(name, held[name])
+    for name, x in zip(outputs, ("out", "past_k", "past_v"), strict=True):
+        binding.bind_ortvalue_output(name, held[x])
+
+    def results() -> list[np.ndarray]:
+        session.run_with_iobinding(binding)
+        out = held["out"].numpy().astype(np.float32)
+        return [out.reshape(case.B, case.T, case.N, case.H)]
+
+    return Subject(lambda: session.run_with_iobinding(binding), results)
+
+
 def _onnx_subject(
     case: Case,
     operator: str,
@@ -71,30 +131,38 @@ def _onnx_subject(
     attributes: dict[str, int],
 ) -> Subject:
     """Opens a session of one of ONNX Runtime's own operators; its first output is (B, T, N * H)."""
-    onnx: Any = importlib.import_module("onnx")
-    runtime: Any = importlib.import_module("onnxruntime")
-    kinds = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
-    parameters = [
-        onnx.helper.make_tensor_value_info(name, kinds[x.dtype.name], x.shape)
-        for name, x in feeds.items()
-    ]
-    results = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs
-    ]
-    node = onnx.helper.make_node(
-        operator, list(feeds), outputs, domain="com.microsoft", **attributes
-    )
-    sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
-    graph = onnx.helper.make_graph([node], "attention", parameters, results)
-    model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=9)
-    session = runtime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = _onnx_session(operator, list(feeds), feeds, outputs, attributes)
 
     def run() -> np.ndarray:
         return session.run(outputs[:1], feeds)[0]
 
     return Subject(run, lambda: [run().reshape(case.B, case.T, case.N, case.H)])
+
+
+def _onnx_session(
+    operator: str,
+    names: list[str],
+    feeds: dict[str, np.ndarray],
+    outputs: list[str],
+    attributes: dict[str, Any],
+) -> Any:
+    """A session of one operator. Its first output is of the dtype of q, others of that of past."""
+    onnx: Any = importlib.import_module("onnx")
+    runtime: Any = importlib.import_module("onnxruntime")
+    kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(x.dtype) for name, x in feeds.items()}
+    parameters = [
+        onnx.helper.make_tensor_value_info(name, kinds[name], x.shape) for name, x in feeds.items()
+    ]
+    stored = kinds.get("past_k", kinds["q"])
+    results = [
+        onnx.helper.make_tensor_value_info(name, stored if i else kinds["q"], None)
+        for i, name in enumerate(outputs)
+    ]
+    node = onnx.helper.make_node(operator, names, outputs, domain="com.microsoft", **attributes)
+    sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([node], "attention", parameters, results)
+    model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=9)
+    return runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def openvino_attention(case: Case, inputs: list[np.ndarray]) -> Subject:

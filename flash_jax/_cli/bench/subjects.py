@@ -5,6 +5,7 @@ This module imports no subject: the parent reads the list, and a worker builds o
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -17,6 +18,7 @@ from .cases import Case
 
 OURS, OURS_INT8, TORCH = "flash_jax", "flash_jax int8", "PyTorch"
 
+_ONNX = ("onnxruntime", "onnx")
 _TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 
 
@@ -52,6 +54,11 @@ def _decodes(case: Case) -> bool:
     return case.keys is not None and _no_options(case)
 
 
+def _steps(dtype: str, case: Case) -> bool:
+    """Whether a case of that dtype is one token, which a causal peer does, too."""
+    return _decodes(case) and case.T == 1 and case.dtype == dtype
+
+
 def _torch_can(case: Case) -> bool:
     return case.documents == 1 and case.filled is None
 
@@ -76,8 +83,15 @@ SUBJECTS = {
     "flash_jax cache": Entry(".jax_subjects", "ours_cached", _decodes),
     "flash_jax cache int8": Entry(".jax_subjects", "ours_cached_int8", _decodes, coarse=0.1),
     TORCH: Entry(".peers", "torch_attention", _torch_can, ("torch",)),
-    "ONNX Runtime": Entry(
-        ".peers", "onnxruntime_attention", _onnxruntime_can, ("onnxruntime", "onnx")
+    "ONNX Runtime": Entry(".peers", "onnxruntime_attention", _onnxruntime_can, _ONNX),
+    "ONNX Runtime cache": Entry(
+        ".peers", "onnxruntime_cache", functools.partial(_steps, "float32"), _ONNX
+    ),
+    "ONNX Runtime cache fp16": Entry(
+        ".peers", "onnxruntime_cache", functools.partial(_steps, "bfloat16"), _ONNX
+    ),
+    "ONNX Runtime cache int8": Entry(
+        ".peers", "onnxruntime_cache_int8", functools.partial(_steps, "float32"), _ONNX, coarse=0.1
     ),
     "OpenVINO": Entry(
         ".peers",
