@@ -21,7 +21,7 @@ from .cache import KVCache
 from .cache_arguments import check_axes
 from .cached import Queries, reach, to_cache
 from .merge import merge_attention
-from .options import Arrays, Options, check_options
+from .options import Arrays, Options, ScoreMod, as_score_mod, check_options
 from .paged import PagedKVCache
 from .signature import same_arguments
 
@@ -39,6 +39,7 @@ def attend_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     prefix: KVCache | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, KVCache | PagedKVCache, KVCache | None, Arrays, Options]:
@@ -53,12 +54,13 @@ def attend_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=as_score_mod(score_mod, cache.keys.dtype),
     ).checked()
     if query_offset is not None:
         check_integers("query_offset", query_offset)
         query_offset = as_option("query_offset", query_offset)
     arrays = arrays._replace(query_offset=query_offset)
-    for name, x in {"bias": bias, "mask": mask}.items():
+    for name, x in {"bias": bias, "mask": mask, "score_mod": score_mod}.items():
         ring = isinstance(cache, KVCache) and cache.window is not None
         if x is not None and (prefix is not None or ring):
             what = "a window" if prefix is None else "a prefix"

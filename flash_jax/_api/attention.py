@@ -18,7 +18,7 @@ from .._tiles.heads_first import heads_first
 from .._tiles.layout import Layout
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
-from .options import Arrays, Options, bind_options, check_options
+from .options import Arrays, Options, ScoreMod, as_score_mod, bind_options, check_options
 from .part import PartOf
 from .plan import plan_floats
 from .signature import same_arguments
@@ -42,6 +42,7 @@ def attention_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     broadcast_dropout: bool = False,
@@ -63,6 +64,7 @@ def attention_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=as_score_mod(score_mod, query.dtype),
         dropout_rng=dropout_rng,
     ).checked()
     options = check_options(query, is_causal, local_window_size, block_sizes)

@@ -1,0 +1,171 @@
+"""Jaxprs as values: when two are the same, and what one kernel of XLA may hold of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax import numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+# What XLA's library has, elementwise, of one dtype of floats (``kernel``).
+_ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "max", "min", "neg", "abs", "sign", "floor", "ceil"),
+    *("exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sqrt", "rsqrt", "pow"),
+    *("integer_pow", "square", "copy", "add_any"),
+}
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_CALLS |= {"custom_vjp_call": "call_jaxpr", "custom_vjp_call_jaxpr": "fun_jaxpr"}
+
+
+def identity(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A value that is equal for jaxprs that compute the same, and the functions that it is not of.
+
+    Variables are numbered in the order of their appearance. Functions among the parameters of an
+    operation, such as rules for derivatives, are equal to themselves only, and are listed apart.
+    """
+    opaque: list[Any] = []
+
+    def of_jaxpr(jaxpr: Any) -> Any:
+        numbers: dict[Any, int] = {}
+
+        def of_variable(x: Any) -> Any:
+            if isinstance(x, Literal):
+                return x.aval, np.asarray(x.val).tobytes()
+            return numbers.setdefault(x, len(numbers)), x.aval
+
+        def of_equation(eqn: Any) -> Any:
+            names = tuple(map(of_variable, eqn.invars)), tuple(map(of_variable, eqn.outvars))
+            return eqn.primitive, of_value(eqn.params), names
+
+        first = tuple(map(of_variable, [*jaxpr.constvars, *jaxpr.invars]))
+        steps = tuple(map(of_equation, jaxpr.eqns))
+        return first, steps, tuple(map(of_variable, jaxpr.outvars))
+
+    def of_value(x: Any) -> Any:
+        if isinstance(x, ClosedJaxpr):
+            return of_jaxpr(x.jaxpr), of_value(tuple(x.consts))
+        if isinstance(x, Jaxpr):
+            return of_jaxpr(x)
+        if isinstance(x, dict):
+            return tuple((name, of_value(x[name])) for name in sorted(x, key=str))
+        if isinstance(x, list | tuple):
+            return type(x), tuple(map(of_value, x))
+        if isinstance(x, np.ndarray | Array) and not isinstance(x, jax.core.Tracer):
+            return x.shape, x.dtype, np.asarray(x).tobytes()
+        try:
+            plain = not callable(x) or isinstance(x, type)
+            return (type(x), hash(x), x) if plain else _apart(x)
+        except TypeError:  # no hash
+            return _apart(x)
+
+    def _apart(x: Any) -> str:
+        opaque.append(_Itself(x))
+        return "opaque"
+
+    return of_jaxpr(jaxpr), tuple(opaque)
+
+
+class _Itself:
+    """Equal to nothing but what holds the same object."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+
+    def __hash__(self) -> int:
+        return id(self.x)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.x is other.x
+
+
+def one_kernel(jaxpr: Any) -> bool:
+    """Whether the first argument, a float, goes through operations that one kernel may hold.
+
+    What does not depend on it is computed beforehand, and may be anything.
+    """
+    return _fuses(jaxpr, [False] * len(jaxpr.constvars), [True] + [False] * 4) is not None
+
+
+def _fuses(jaxpr: Any, constants: list[bool], arguments: list[bool]) -> list[bool] | None:
+    """Which results depend on the arguments that are marked; None: some operation is refused."""
+    known = dict(zip(jaxpr.constvars, constants, strict=True))
+    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+    for eqn in jaxpr.eqns:
+        depend = [not isinstance(x, Literal) and known[x] for x in eqn.invars]
+        results = [any(depend)] * len(eqn.outvars)
+        if any(depend):
+            name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+            if name in _CALLS:
+                inner = _inner(eqn)
+                results = _fuses(inner.jaxpr, [False] * len(inner.consts), depend)
+                if results is None:
+                    return None
+            elif name == "select_n":
+                if depend[0] or len(depend) != 3:
+                    return None
+            elif name == "convert_element_type":
+                if eqn.invars[0].aval.dtype != dtype:
+                    return None
+            elif name not in _ELEMENTWISE:
+                return None
+        known |= dict(zip(eqn.outvars, results, strict=True))
+    return [not isinstance(x, Literal) and known[x] for x in jaxpr.outvars]
+
+
+def as_one_kernel(jaxpr: Any, constants: list[Any], arguments: list[Any]) -> list[Any]:
+    """The results of a jaxpr that is ``one_kernel``, its selects as sums and products.
+
+    XLA's library has no select. With a condition c that is known before the score,
+
+        where(c, x, y) = c x + where(c, 0, y)
+
+    for a finite x; for another it is NaN where c is false, which the kernel's caller finds.
+    """
+    return [x for x, _ in _evaluated(jaxpr, constants, [(arguments[0], True)] + [
+        (x, False) for x in arguments[1:]
+    ])]
+
+
+def _evaluated(
+    jaxpr: Any, constants: list[Any], arguments: list[tuple[Any, bool]]
+) -> list[tuple[Any, bool]]:
+    """Results, and whether they depend on the score; alike the arguments."""
+    known = dict(zip(jaxpr.constvars, [(x, False) for x in constants], strict=True))
+    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+    read = lambda x: (x.val, False) if isinstance(x, Literal) else known[x]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        pairs = [read(x) for x in eqn.invars]
+        xs, depend = [x for x, _ in pairs], [moves for _, moves in pairs]
+        if any(depend) and eqn.primitive.name in _CALLS:
+            inner = _inner(eqn)
+            results = _evaluated(inner.jaxpr, inner.consts, pairs)
+        else:
+            if any(depend) and eqn.primitive.name == "select_n":
+                found = [_select(*xs, *depend[1:])]
+            else:
+                found = _bound(eqn, xs)
+            results = [(x, any(depend)) for x in found]
+        known |= dict(zip(eqn.outvars, results, strict=True))
+    return [read(x) for x in jaxpr.outvars]
+
+
+def _select(condition: Any, no: Any, yes: Any, no_moves: bool, yes_moves: bool) -> Array:
+    """``where(condition, yes, no)`` of a condition that does not depend on the score."""
+    chosen = jnp.asarray(condition).astype(jnp.result_type(no))
+    no = no * (1 - chosen) if no_moves else jnp.where(condition, jnp.zeros_like(no), no)
+    yes = yes * chosen if yes_moves else jnp.where(condition, yes, jnp.zeros_like(yes))
+    return yes + no
+
+
+def _bound(eqn: Any, xs: list[Any]) -> list[Any]:
+    functions, params = eqn.primitive.get_bind_params(eqn.params)
+    results = eqn.primitive.bind(*functions, *xs, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _inner(eqn: Any) -> ClosedJaxpr:
+    inner = eqn.params[_CALLS[eqn.primitive.name]]
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, [])
