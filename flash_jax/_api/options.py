@@ -120,7 +120,7 @@ class Options(NamedTuple):
     lse: bool = True  # False: the output alone is asked for
     tuned: int = 0  # state of the tuned tiles: a call after a ``tune`` is traced anew
 
-    def problem(self, query: Any, key: Any, masked: bool) -> Problem:
+    def problem(self, query: Any, key: Any, masked: bool, scored: bool = False) -> Problem:
         """What the choice of tiles for query (..., T, N, H) and key (..., S, K, H) depends on."""
         (T, N, H), (S, K) = query.shape[-3:], key.shape[-3:-1]
         T, S = (size if known(size) else SYMBOLIC_LENGTH for size in (T, S))
@@ -132,7 +132,7 @@ class Options(NamedTuple):
         dtype = query.dtype.name if self.probabilities is None else "int8"
         coarse = self.probabilities == np.uint8
         heads, groups = max(K, 1), max(1, N // max(K, 1))
-        return Problem(T, S, H, heads, groups, masked, reach, coarse, dtype)
+        return Problem(T, S, H, heads, groups, masked, reach, coarse, dtype, scored)
 
 
 class Bound(NamedTuple):
@@ -183,7 +183,7 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     dropout_key = None
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
-    problem = options.problem(query, key, scores.mask is not None)
+    problem = options.problem(query, key, scores.mask is not None, scores.function is not None)
     return Bound(scores, arrays.sinks, dropout_key, *tiles(options.blocks, problem), problem)
 
 

@@ -62,9 +62,7 @@ def forward(operands: Operands, plan: Plan) -> Results:
     return _exact(operands, plan, *_by_kernels(operands, plan, results))
 
 
-def _exact(
-    operands: Operands, plan: Plan, results: Results, right: Array | None = None
-) -> Results:
+def _exact(operands: Operands, plan: Plan, results: Results, right: Array | None = None) -> Results:
     """The results of the exact loop, but for rows that are right already, (B, N, T)."""
     done = None if right is None else in_every_element(jnp.all(right))
 

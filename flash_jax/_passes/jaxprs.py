@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.sharding import AbstractMesh, Sharding, use_abstract_mesh
 
 # What XLA's library has, elementwise, of one dtype of floats (``kernel``).
 _ELEMENTWISE = {
@@ -40,7 +41,7 @@ def identity(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
             names = tuple(map(of_variable, eqn.invars)), tuple(map(of_variable, eqn.outvars))
             return eqn.primitive, of_value(eqn.params), names
 
-        first = tuple(map(of_variable, [*jaxpr.constvars, *jaxpr.invars]))
+        first = tuple(map(of_variable, inputs(jaxpr)))
         steps = tuple(map(of_equation, jaxpr.eqns))
         return first, steps, tuple(map(of_variable, jaxpr.outvars))
 
@@ -56,7 +57,7 @@ def identity(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
         if isinstance(x, np.ndarray | Array) and not isinstance(x, jax.core.Tracer):
             return x.shape, x.dtype, np.asarray(x).tobytes()
         try:
-            plain = not callable(x) or isinstance(x, type)
+            plain = isinstance(x, type) or not (callable(x) or hasattr(x, "call_wrapped"))
             return (type(x), hash(x), x) if plain else _apart(x)
         except TypeError:  # no hash
             return _apart(x)
@@ -81,18 +82,28 @@ class _Itself:
         return isinstance(other, _Itself) and self.x is other.x
 
 
-def one_kernel(jaxpr: Any) -> bool:
-    """Whether the first argument, a float, goes through operations that one kernel may hold.
+def inputs(jaxpr: Any) -> list[Any]:
+    """All variables that a jaxpr is given: those of its constants first."""
+    return [*jaxpr.constvars, *jaxpr.invars]
+
+
+def without_constants(jaxpr: Any) -> Any:
+    """A jaxpr of the constants and the arguments: it holds no array, nor a tracer."""
+    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return Jaxpr([], inputs(jaxpr), jaxpr.outvars, jaxpr.eqns, jaxpr.effects, info)
+
+
+def one_kernel(jaxpr: Any, score: int) -> bool:
+    """Whether argument ``score``, a float, goes through operations that one kernel may hold.
 
     What does not depend on it is computed beforehand, and may be anything.
     """
-    return _fuses(jaxpr, [False] * len(jaxpr.constvars), [True] + [False] * 4) is not None
+    return _fuses(jaxpr, [i == score for i in range(len(jaxpr.invars))]) is not None
 
 
-def _fuses(jaxpr: Any, constants: list[bool], arguments: list[bool]) -> list[bool] | None:
-    """Which results depend on the arguments that are marked; None: some operation is refused."""
-    known = dict(zip(jaxpr.constvars, constants, strict=True))
-    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+def _fuses(jaxpr: Any, given: list[bool]) -> list[bool] | None:
+    """Which results depend on the inputs that are marked; None: some operation is refused."""
+    known = dict(zip(inputs(jaxpr), given, strict=True))
     for eqn in jaxpr.eqns:
         depend = [not isinstance(x, Literal) and known[x] for x in eqn.invars]
         results = [any(depend)] * len(eqn.outvars)
@@ -100,7 +111,7 @@ def _fuses(jaxpr: Any, constants: list[bool], arguments: list[bool]) -> list[boo
             name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
             if name in _CALLS:
                 inner = _inner(eqn)
-                results = _fuses(inner.jaxpr, [False] * len(inner.consts), depend)
+                results = _fuses(inner.jaxpr, [False] * len(inner.consts) + depend)
                 if results is None:
                     return None
             elif name == "select_n":
@@ -115,7 +126,7 @@ def _fuses(jaxpr: Any, constants: list[bool], arguments: list[bool]) -> list[boo
     return [not isinstance(x, Literal) and known[x] for x in jaxpr.outvars]
 
 
-def as_one_kernel(jaxpr: Any, constants: list[Any], arguments: list[Any]) -> list[Any]:
+def as_one_kernel(jaxpr: Any, score: int, arguments: list[Any]) -> list[Any]:
     """The results of a jaxpr that is ``one_kernel``, its selects as sums and products.
 
     XLA's library has no select. With a condition c that is known before the score,
@@ -124,29 +135,26 @@ def as_one_kernel(jaxpr: Any, constants: list[Any], arguments: list[Any]) -> lis
 
     for a finite x; for another it is NaN where c is false, which the kernel's caller finds.
     """
-    return [x for x, _ in _evaluated(jaxpr, constants, [(arguments[0], True)] + [
-        (x, False) for x in arguments[1:]
-    ])]
+    results = _evaluated(jaxpr, [(x, i == score) for i, x in enumerate(arguments)])
+    return [x for x, _ in results]
 
 
-def _evaluated(
-    jaxpr: Any, constants: list[Any], arguments: list[tuple[Any, bool]]
-) -> list[tuple[Any, bool]]:
-    """Results, and whether they depend on the score; alike the arguments."""
-    known = dict(zip(jaxpr.constvars, [(x, False) for x in constants], strict=True))
-    known |= dict(zip(jaxpr.invars, arguments, strict=True))
+def _evaluated(jaxpr: Any, given: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+    """Results, and whether they depend on the score; alike the inputs."""
+    known = dict(zip(inputs(jaxpr), given, strict=True))
     read = lambda x: (x.val, False) if isinstance(x, Literal) else known[x]  # noqa: E731
     for eqn in jaxpr.eqns:
         pairs = [read(x) for x in eqn.invars]
         xs, depend = [x for x, _ in pairs], [moves for _, moves in pairs]
-        if any(depend) and eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in _CALLS:
             inner = _inner(eqn)
-            results = _evaluated(inner.jaxpr, inner.consts, pairs)
+            results = _evaluated(inner.jaxpr, [*((x, False) for x in inner.consts), *pairs])
         else:
             if any(depend) and eqn.primitive.name == "select_n":
                 found = [_select(*xs, *depend[1:])]
             else:
-                found = _bound(eqn, xs)
+                found = eqn.primitive.bind(*xs, **eqn.params)
+                found = found if eqn.primitive.multiple_results else [found]
             results = [(x, any(depend)) for x in found]
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
@@ -160,12 +168,41 @@ def _select(condition: Any, no: Any, yes: Any, no_moves: bool, yes_moves: bool) 
     return yes + no
 
 
-def _bound(eqn: Any, xs: list[Any]) -> list[Any]:
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
-    results = eqn.primitive.bind(*functions, *xs, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
 def _inner(eqn: Any) -> ClosedJaxpr:
     inner = eqn.params[_CALLS[eqn.primitive.name]]
     return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, [])
+
+
+def without_mesh(name: str, jaxpr: Any) -> Any:
+    """The jaxpr without the Explicit axes of a mesh, which types and parameters tell of.
+
+    Raises:
+        NotImplementedError: an operation has parts of its own that tell of them.
+    """
+    variables = [*jaxpr.invars, *(x for eqn in jaxpr.eqns for x in eqn.outvars)]
+    if not any(x.aval.sharding.mesh.explicit_axes for x in variables):
+        return jaxpr
+    shapes = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in jaxpr.invars]
+    with use_abstract_mesh(AbstractMesh((), ())):
+        new = jax.make_jaxpr(lambda *given: _plain(name, jaxpr, list(given)))(*shapes)
+    return without_constants(new.jaxpr)
+
+
+def _plain(name: str, jaxpr: Any, given: list[Any]) -> list[Any]:
+    known = dict(zip(inputs(jaxpr), given, strict=True))
+    read = lambda x: x.val if isinstance(x, Literal) else known[x]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        xs = [read(x) for x in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):
+            inner = _inner(eqn)
+            found = _plain(name, inner.jaxpr, [*inner.consts, *xs])
+        elif list(jaxprs_in_params(eqn.params)) or "sharding_constraint" in eqn.primitive.name:
+            raise NotImplementedError(
+                f"{name} must have no {eqn.primitive.name} where a mesh has Explicit axes"
+            )
+        else:
+            params = {k: None if isinstance(x, Sharding) else x for k, x in eqn.params.items()}
+            found = eqn.primitive.bind(*xs, **params)
+            found = found if eqn.primitive.multiple_results else [found]
+        known |= dict(zip(eqn.outvars, found, strict=True))
+    return [read(x) for x in jaxpr.outvars]

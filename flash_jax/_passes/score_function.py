@@ -25,20 +25,20 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .._tiles.jax_versions import without_varying_axes
 from .._tiles.tile import QueryTile
-from .jaxprs import as_one_kernel, identity, one_kernel
+from .jaxprs import as_one_kernel, identity, one_kernel, without_constants, without_mesh
 
 
 class Program:
     """What a score function computes, apart from what it captures.
 
     Attributes:
-        jaxpr: of the captured arrays, which are its constants, and five scalars.
+        jaxpr: of the captured arrays and five scalars.
         one_kernel: whether the score goes through operations that one kernel may hold.
     """
 
     def __init__(self, jaxpr: Any) -> None:
         self.jaxpr = jaxpr
-        self.one_kernel = one_kernel(jaxpr)
+        self.one_kernel = one_kernel(jaxpr, len(jaxpr.invars) - 5)
         self.identity, self.opaque = identity(jaxpr)
         self._hash = hash((self.identity, self.opaque))
 
@@ -56,11 +56,11 @@ class Program:
         return self.identity == other.identity and len(self.opaque) == len(other.opaque)
 
     def __call__(self, captured: list[Array], *scalars: Array) -> Array:
-        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, captured))(*scalars)[0]
+        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, []))(*captured, *scalars)[0]
 
     def as_one_kernel(self, captured: list[Array], *scalars: Array) -> Array:
         """The same for finite numbers, of operations that XLA's library has; else it may be NaN."""
-        return as_one_kernel(self.jaxpr, captured, list(scalars))[0]
+        return as_one_kernel(self.jaxpr, len(captured), [*captured, *scalars])[0]
 
 
 @functools.partial(
@@ -148,12 +148,13 @@ def score_function(name: str, fn: Any, dtype: np.dtype) -> ScoreFunction | None:
         kinds = jnp.floating, jnp.integer, jnp.bool_
         if not any(jnp.issubdtype(x.dtype, kind) for kind in kinds):
             raise TypeError(f"{name} must capture real numbers only; it captures {x.dtype}")
+    jaxpr = without_mesh(name, without_constants(closed.jaxpr))
     differentiable = tuple(bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in captured)
     pairs = list(zip(captured, differentiable, strict=True))
     return ScoreFunction(
         tuple(x for x, own in pairs if own),
         tuple(x for x, own in pairs if not own),
-        _same_program(fn, Program(closed.jaxpr)),
+        _same_program(fn, Program(jaxpr)),
         differentiable,
     )
 

@@ -2,8 +2,9 @@
 
     s = fn(soft_cap(scale * q . k) - slope * |t + offset - s| + bias),  then -inf where masked
 
-which is the order of FlashAttention and of ONNX, with a function of the caller's at the end. Soft cap c: x -> c tanh(x / c), Gemma 2, 2024,
-section 2, https://arxiv.org/abs/2408.00118. Slopes: Press et al., ALiBi, 2021, section 3,
+which is the order of FlashAttention and of ONNX, with a function of the caller's at the end
+(``score_function``). Soft cap c: x -> c tanh(x / c), Gemma 2, 2024, section 2,
+https://arxiv.org/abs/2408.00118. Slopes: Press et al., ALiBi, 2021, section 3,
 https://arxiv.org/abs/2108.12409.
 """
 
