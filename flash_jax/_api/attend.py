@@ -128,6 +128,9 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         logits_soft_cap: as ``flash_attention``.
         sinks: as ``flash_attention``.
         alibi_slopes: as ``flash_attention``.
+        score_mod: as ``flash_attention``, with the indices of query and of slot; the position of a
+            query is ``q_index + cache.offset[b]``, which it may capture. Not with a window or a
+            prefix.
         prefix: a cache without a window, of B rows or of one that all share, whose tokens come
             before those of ``cache``: its row's lengths count in the positions.
         block_sizes: of more than 16 queries, as ``flash_attention``.
@@ -145,8 +148,8 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         ValueError: shapes, dtypes or ranges disagree, or, where it is known, a query should read a
             token that is not held. The message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: bias or mask with a window or a prefix, or an array that is sharded
-            over Explicit axes of a mesh.
+        NotImplementedError: bias, mask or score_mod with a window or a prefix, or an array that is
+            sharded over Explicit axes of a mesh.
 
     Example:
         >>> import jax.numpy as jnp

@@ -116,7 +116,7 @@ def backward_tile(
             )
             if masked:
                 s = jnp.where(kept, s, -jnp.inf)
-                kept = scores.kept_logits(kept, s)
+                kept = scores.kept_logits(jnp.asarray(kept), s)
             p, dp = probabilities(s, m, l), scores.products(clean(d_o), clean(v))
             p_v, weights = p, kept_weights(operands, plan, tile, j)
             if weights is not None:

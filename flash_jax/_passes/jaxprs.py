@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params  # pyright: ignore
 from jax.sharding import AbstractMesh, Sharding, use_abstract_mesh
 
 # What XLA's library has, elementwise, of one dtype of floats (``kernel``).
@@ -54,7 +55,7 @@ def identity(jaxpr: Any) -> tuple[Any, tuple[Any, ...]]:
             return tuple((name, of_value(x[name])) for name in sorted(x, key=str))
         if isinstance(x, list | tuple):
             return type(x), tuple(map(of_value, x))
-        if isinstance(x, np.ndarray | Array) and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, np.ndarray | Array) and not isinstance(x, Tracer):
             return x.shape, x.dtype, np.asarray(x).tobytes()
         try:
             plain = isinstance(x, type) or not (callable(x) or hasattr(x, "call_wrapped"))

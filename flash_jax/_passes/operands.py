@@ -77,9 +77,9 @@ class Differentiable(NamedTuple):
 
     def named(self, given: dict[str, Any]) -> Differentiable:
         """Those that are given by name, and None for all others."""
-        own = {name: given.get(name) for name in self._fields}
         captured = tuple(given.get(captured_name(i)) for i in range(len(self.captured)))
-        return Differentiable(**own | {"captured": captured})
+        q, k, v, scale, soft_cap, slopes, bias, sinks = map(given.get, self._fields[:-1])
+        return Differentiable(q, k, v, scale, soft_cap, slopes, bias, sinks, captured)
 
     def into(self, operands: Operands) -> Operands:
         """operands with those that are not None here replaced."""

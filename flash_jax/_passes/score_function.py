@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun  # pyright: ignore
 
 from .._tiles.jax_versions import without_varying_axes
 from .._tiles.tile import QueryTile
@@ -48,8 +48,9 @@ class Program:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        same = isinstance(other, Program) and self._hash == other._hash
-        return same and (self.identity, self.opaque) == (other.identity, other.opaque)
+        if not isinstance(other, Program) or self._hash != other._hash:
+            return False
+        return (self.identity, self.opaque) == (other.identity, other.opaque)
 
     def like(self, other: Program) -> bool:
         """Whether nothing but functions without a text differ, as derivatives by ``custom_jvp``."""
@@ -104,7 +105,7 @@ class ScoreFunction:
             fused: of operations that one kernel may hold; see ``Program.as_one_kernel``.
         """
         of_floats, others = iter(floats), iter(map(tile.of_instance, self.others))
-        captured = [next(of_floats if own else others) for own in self.differentiable]
+        captured: list[Any] = [next(of_floats if own else others) for own in self.differentiable]
         run = self.program.as_one_kernel if fused else self.program
         b, h = tile.element_index, tile.n[:, :, 0, 0]
         q, k = tile.t.reshape(-1), tile.s(j).reshape(-1)
@@ -135,8 +136,8 @@ def score_function(name: str, fn: Any, dtype: np.dtype) -> ScoreFunction | None:
         closed, returned = jax.make_jaxpr(lambda *x: fn(*x), return_shape=True)(
             score, index, index, index, index
         )
-    shape = getattr(returned, "shape", None)
-    kind = getattr(returned, "dtype", None)
+    shape: Any = getattr(returned, "shape", None)
+    kind: Any = getattr(returned, "dtype", np.bool_)
     if shape != () or not jnp.issubdtype(kind, jnp.floating):
         what = type(returned).__name__ if shape is None else f"{kind} of shape {shape}"
         raise TypeError(

@@ -66,10 +66,9 @@ def without_varying_axes() -> AbstractContextManager[Any]:
     An operation in a jaxpr has types that agree; evaluated on others, these need not. There is no
     public name for what ``shard_map(check_vma=False)`` does (0.10 to 0.12).
     """
-    try:
-        return config._check_vma(False)
-    except AttributeError:  # should JAX move it, such a jaxpr fails in a ``shard_map``
-        return contextlib.nullcontext()
+    # Should JAX move it, such a jaxpr fails in a ``shard_map``.
+    context: Any = getattr(config, "_check_vma", lambda _: contextlib.nullcontext())
+    return context(False)
 
 
 def without_types(ctx: Any) -> Any:
