@@ -253,7 +253,7 @@ class PredicateMask(Mask):
 
 def _as_bool(name: str, kept: Any, full: tuple[int, ...]) -> Array:
     """What a function of ``PredicateMask`` has returned, as an array."""
-    kind = "bool" if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
+    kind = np.bool_ if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
     if kind != np.bool_:
         raise TypeError(f"{name} of PredicateMask must return bool; it returned {kind}")
     kept = jnp.asarray(kept)
