@@ -25,6 +25,7 @@ DTYPES = (np.float32, jnp.bfloat16)
 NAMES = (
     *("none", "mask", "bias of -inf", "causal per element", "window", "lengths", "segments"),
     *("negative scale", "parameters", "lengths and sinks", "everything"),
+    *("score mod", "score mod and others"),
 )
 
 
@@ -49,7 +50,10 @@ def test_attention_of_whole_rows_is_one_kernel(dtype):
 @pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize(
     "given",
-    [{}, {"is_causal": True}, {"logits_soft_cap": 3.0}, {"alibi_slopes": np.ones(4, np.float32)}],
+    [
+        *({}, {"is_causal": True}, {"logits_soft_cap": 3.0}),
+        *({"alibi_slopes": np.ones(4, np.float32)}, {"score_mod": lambda s, b, h, q, k: s + q - k}),
+    ],
 )
 def test_a_tile_is_one_kernel(given, monkeypatch):
     """Full tiles and partial ones; two more guess the shift, and look at the sums."""
