@@ -133,8 +133,11 @@ def gradient(f, x, dx, weights):
     return jax.grad(weighed(f, weights))(x)
 
 
-@pytest.mark.parametrize("derivative", [gradient, jvp, hessian_vector_product])
-@pytest.mark.parametrize("combined", [False, True], ids=["alone", "with every option"])
+@pytest.mark.parametrize(
+    ("derivative", "combined"),
+    [(gradient, False), (jvp, True), (hessian_vector_product, True)],
+    ids=["gradient", "jvp with every option", "hessian_vector_product with every option"],
+)
 def test_derivatives_are_those_of_the_formula(derivative, combined, rng):
     x, options = random_call(rng), options_of(rng) if combined else {}
     dx = {name: floats(rng, *y.shape) for name, y in x.items()}
