@@ -21,7 +21,7 @@ from .cache import KVCache
 from .cached import Queries, reach, to_cache
 from .explicit_axes import model_axes, on_auto_axes
 from .merge import merge_attention
-from .options import Arrays, Options, check_options
+from .options import Arrays, Options, ScoreMod, as_score_mod, check_options
 from .paged import PagedKVCache
 from .signature import same_arguments
 
@@ -39,6 +39,7 @@ def attend_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     prefix: KVCache | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, KVCache | PagedKVCache, KVCache | None, Arrays, Options]:
@@ -52,12 +53,13 @@ def attend_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=as_score_mod(score_mod, cache.keys.dtype),
     ).checked()
     if query_offset is not None:
         check_integers("query_offset", query_offset)
         query_offset = as_option("query_offset", query_offset)
     arrays = arrays._replace(query_offset=query_offset)
-    for name, x in {"bias": bias, "mask": mask}.items():
+    for name, x in {"bias": bias, "mask": mask, "score_mod": score_mod}.items():
         ring = isinstance(cache, KVCache) and cache.window is not None
         if x is not None and (prefix is not None or ring):
             what = "a window" if prefix is None else "a prefix"
@@ -125,6 +127,9 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         logits_soft_cap: as ``flash_attention``.
         sinks: as ``flash_attention``.
         alibi_slopes: as ``flash_attention``.
+        score_mod: as ``flash_attention``, with the indices of query and of slot; the position of a
+            query is ``q_index + cache.offset[b]``, which it may capture. Not with a window or a
+            prefix.
         prefix: a cache without a window, of B rows or of one that all share, whose tokens come
             before those of ``cache``: its row's lengths count in the positions.
         block_sizes: of more than 16 queries, as ``flash_attention``.
@@ -142,7 +147,7 @@ def attend(*args: Any, **kwargs: Any) -> Array:
         ValueError: shapes, dtypes or ranges disagree, or, where it is known, a query should read a
             token that is not held. The message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: bias or mask with a window or a prefix.
+        NotImplementedError: bias, mask or score_mod with a window or a prefix.
 
     Example:
         >>> import jax.numpy as jnp

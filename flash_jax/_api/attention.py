@@ -18,7 +18,7 @@ from .._tiles.heads_first import heads_first
 from .._tiles.layout import Layout
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
-from .options import Arrays, Options, bind_options, check_options
+from .options import Arrays, Options, ScoreMod, as_score_mod, bind_options, check_options
 from .part import PartOf
 from .plan import plan_floats
 from .signature import same_arguments
@@ -42,6 +42,7 @@ def attention_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     broadcast_dropout: bool = False,
@@ -63,6 +64,7 @@ def attention_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=as_score_mod(score_mod, query.dtype),
         dropout_rng=dropout_rng,
     ).checked()
     options = check_options(query, is_causal, local_window_size, block_sizes)
@@ -96,9 +98,9 @@ def flash_attention_with_lse(*args: Any, **kwargs: Any) -> tuple[Array, Array]:
 def flash_attention(*args: Any, **kwargs: Any) -> Array:
     """Computes ``softmax(scale * query @ key.T) @ value`` per head, in memory linear in T and S.
 
-    A score is  soft_cap(scale * q . k) + alibi + bias,  then masked. All masking options apply
-    together. If query has no axis B, no array has it: lengths and offsets are scalars. Options that
-    are arrays may be lists.
+    A score is  score_mod(soft_cap(scale * q . k) + alibi + bias),  then masked. All masking options
+    apply together. If query has no axis B, no array has it: lengths and offsets are scalars.
+    Options that are arrays may be lists.
 
     Args:
         query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16, or float64 under x64.
@@ -125,6 +127,11 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
         sinks: float (N,) or (B, N): one more logit per head, of value 0, in the denominator and in
             lse [3].
         alibi_slopes: float (N,) or (B, N): adds ``-slope * |t + query_offset - s|`` [4].
+        score_mod: ``fn(score, b, h, q_index, k_index)``: what a score becomes, after soft cap,
+            ALiBi and bias; -inf masks. It is traced on scalars, and so is elementwise; the indices
+            are int32, those of ``PredicateMask``: batch element, query head, query and key. It may
+            capture arrays, traced ones, too; those of floats have derivatives. In a masked pair its
+            value is not used, and its derivatives must be finite.
         dropout_rate: in [0, 1): each probability is dropped at this rate, and the others are
             divided by 1 - rate. The sum that normalises them, and lse, are those without dropout.
         dropout_rng: a PRNG key. Which probabilities are dropped depends on it and on the indices
@@ -142,12 +149,18 @@ def flash_attention(*args: Any, **kwargs: Any) -> Array:
     Raises:
         ValueError: shapes, dtypes or ranges disagree; the message names the argument.
         TypeError: an argument is of the wrong kind.
-        NotImplementedError: heads or their sizes are symbolic. B, T and S may be.
+        NotImplementedError: heads or their sizes are symbolic (B, T and S may be); or score_mod has
+            control flow or derivatives of its own where a mesh has Explicit axes.
 
     Example:
         >>> import jax.numpy as jnp
         >>> x = jnp.ones((1, 4, 2, 8))
         >>> flash_attention(x, x, x, is_causal=True).shape
+        (1, 4, 2, 8)
+        >>> table = jnp.zeros((2, 7))  # learned: a bias by head and distance
+        >>> def relative(score, b, h, q_index, k_index):
+        ...     return score + table[h, q_index - k_index + 3]
+        >>> flash_attention(x, x, x, score_mod=relative).shape
         (1, 4, 2, 8)
 
     References:

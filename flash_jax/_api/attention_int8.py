@@ -24,7 +24,7 @@ from .._tiles.layout import Layout
 from .attention import attention_of_floats
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
-from .options import Arrays, Options, bind_options, check_options
+from .options import Arrays, Options, ScoreMod, as_score_mod, bind_options, check_options
 from .part import PartOf
 from .plan import plan_int8
 from .signature import same_arguments
@@ -48,6 +48,7 @@ def attention_int8_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     probability_dtype: DTypeLike = np.uint8,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, Array | QuantizedArray, Array | QuantizedArray, Arrays, Options]:
@@ -65,6 +66,7 @@ def attention_int8_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=as_score_mod(score_mod, query.dtype),
     ).checked()
     options = check_options(query, is_causal, local_window_size, block_sizes)
     probabilities = check_probability_dtype("probability_dtype", probability_dtype)
@@ -211,7 +213,9 @@ def _in_integers(
     integers = to_integers(query, key, value, scores.read_keys(query.shape[1], key.shape[1]))
     q, k, v, quantization = to_operands(integers, scores.scale)
     later = shift(query, integers, scores.scale)
-    if scores.soft_cap is not None or bound.sinks is not None:
+    # A softmax is the same with a shift of all its logits; what reads these is not.
+    reads = scores.soft_cap is not None or scores.function is not None
+    if reads or bound.sinks is not None:
         quantization, later = quantization._replace(q_shift=later), None
     operands = Operands(q, k, v, scores, bound.sinks, quantization=quantization)
     assert options.probabilities is not None

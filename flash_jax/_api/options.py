@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +33,13 @@ from .._masks.base import Mask
 from .._masks.positions import CausalMask, LengthMask, WindowMask
 from .._masks.segments import segments
 from .._passes.dropout import bind_key
+from .._passes.score_function import ScoreFunction, score_function
 from .._passes.scores import Scores
 from .._tiles.symbolic import known
 from .._tiles.tile import BlockSizes
+
+# fn(score, b, h, q_index, k_index) -> score
+ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
 
 # The axes of these options; each may have B in front.
 _INTEGERS = {
@@ -62,6 +67,7 @@ class Arrays(NamedTuple):
     sinks: Any = None
     alibi_slopes: Any = None
     dropout_rng: Any = None
+    score_mod: ScoreFunction | None = None
 
     def checked(self) -> Arrays:
         """Checks what needs no shapes. Lists become arrays, before ``jit`` takes them apart."""
@@ -74,7 +80,7 @@ class Arrays(NamedTuple):
 
 
 def _checked(name: str, x: Any) -> Any:
-    if name == "dropout_rng" or (name == "mask" and isinstance(x, Mask)):
+    if name in ("dropout_rng", "score_mod") or (name == "mask" and isinstance(x, Mask)):
         return x
     if name == "query_offset" and x is None:
         raise TypeError("query_offset must be an integer or an array of them; it is None")
@@ -89,6 +95,8 @@ def _checked(name: str, x: Any) -> Any:
 def _bound(name: str, x: Any, sizes: Sizes, dtype: np.dtype) -> Any:
     if x is None or name == "dropout_rng":
         return x
+    if name == "score_mod":
+        return x.bound()
     if name == "mask":
         return (x if isinstance(x, Mask) else ArrayMask(x)).bind(sizes)
     if name == "bias":
@@ -112,7 +120,7 @@ class Options(NamedTuple):
     lse: bool = True  # False: the output alone is asked for
     tuned: int = 0  # state of the tuned tiles: a call after a ``tune`` is traced anew
 
-    def problem(self, query: Any, key: Any, masked: bool) -> Problem:
+    def problem(self, query: Any, key: Any, masked: bool, scored: bool = False) -> Problem:
         """What the choice of tiles for query (..., T, N, H) and key (..., S, K, H) depends on."""
         (T, N, H), (S, K) = query.shape[-3:], key.shape[-3:-1]
         T, S = (size if known(size) else SYMBOLIC_LENGTH for size in (T, S))
@@ -124,7 +132,7 @@ class Options(NamedTuple):
         dtype = query.dtype.name if self.probabilities is None else "int8"
         coarse = self.probabilities == np.uint8
         heads, groups = max(K, 1), max(1, N // max(K, 1))
-        return Problem(T, S, H, heads, groups, masked, reach, coarse, dtype)
+        return Problem(T, S, H, heads, groups, masked, reach, coarse, dtype, scored)
 
 
 class Bound(NamedTuple):
@@ -136,6 +144,12 @@ class Bound(NamedTuple):
     blocks: BlockSizes  # of the exact loop
     kernel: BlockSizes  # of the kernels, where there are any
     problem: Problem  # what tiles depend on
+
+
+def as_score_mod(fn: Any, dtype: Any) -> ScoreFunction | None:
+    """A score function for scores of queries, or of a cache, of a dtype; None stays None."""
+    floats = jnp.issubdtype(dtype, jnp.floating)
+    return score_function("score_mod", fn, accumulator(dtype) if floats else np.dtype(np.float32))
 
 
 def check_options(
@@ -164,11 +178,12 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
         alibi_slopes=arrays.alibi_slopes,
         offset=arrays.query_offset,
         bias=arrays.bias,
+        function=arrays.score_mod,
     )
     dropout_key = None
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
-    problem = options.problem(query, key, scores.mask is not None)
+    problem = options.problem(query, key, scores.mask is not None, scores.function is not None)
     return Bound(scores, arrays.sinks, dropout_key, *tiles(options.blocks, problem), problem)
 
 

@@ -14,7 +14,7 @@ from .._masks.base import Mask
 from .._passes.plan import Ring
 from .._tiles.symbolic import known
 from .attention import attention_arguments
-from .options import Arrays, Options
+from .options import Arrays, Options, ScoreMod
 from .zigzag import needed_rounds
 
 _LAYOUTS = "zigzag", "contiguous"
@@ -45,6 +45,7 @@ def ring_arguments(
     logits_soft_cap: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
+    score_mod: ScoreMod | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     broadcast_dropout: bool = False,
@@ -68,6 +69,7 @@ def ring_arguments(
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        score_mod=score_mod,
         dropout_rate=dropout_rate,
         dropout_rng=dropout_rng,
         broadcast_dropout=broadcast_dropout,

@@ -42,7 +42,8 @@ def tune(
 
     From then on ``flash_attention`` or ``flash_attention_int8`` uses them, in other processes, too,
     and so does ``FlashAttentionConfig.auto`` where K = N. The choice holds for calls that agree in
-    T, S, H, N // K, dtype, ``local_window_size``, and in whether they have a mask of any kind.
+    T, S, H, N // K, dtype, ``local_window_size``, and in whether they have a mask of any kind and a
+    ``score_mod``.
     Functions that ``jit`` compiled before keep their tiles. A ``block_sizes`` given in a call
     always wins.
 
@@ -107,9 +108,11 @@ def _problem(query: Any, key: Any, int8: bool, given: dict[str, Any]) -> Problem
     options = check_options(
         query, given.get("is_causal", False), given.get("local_window_size"), None
     )._replace(probabilities=probabilities)
-    arrays = Arrays(**{name: x for name, x in given.items() if name in Arrays._fields}).checked()
+    scored = given.get("score_mod") is not None
+    names = (name for name in Arrays._fields if name in given and name != "score_mod")
+    arrays = Arrays(**{name: given[name] for name in names}).checked()
     mask = jax.eval_shape(lambda: one_mask(arrays.bound(Sizes(), np.dtype(np.float32)), options))
-    return options.problem(query, key, masked=mask is not None)
+    return options.problem(query, key, masked=mask is not None, scored=scored)
 
 
 def _candidates(problem: Problem) -> list[BlockSizes]:

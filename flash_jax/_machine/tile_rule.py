@@ -29,6 +29,7 @@ _MOST_COLUMNS = 64
 _TASK_ROWS = 512
 _TASK_KEYS = 4096
 _FEWEST_TASKS = 8
+_SCORED_KEYS = 2048
 _FEWEST_QUERIES = 128
 _SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
@@ -65,6 +66,7 @@ class Problem(NamedTuple):
         coarse: whether probabilities are rounded relative to the largest in their tile: the
             shorter it is, the finer they are.
         dtype: what is multiplied.
+        scored: whether a function of the caller's changes the scores, in one more pass over them.
     """
 
     T: int
@@ -76,6 +78,7 @@ class Problem(NamedTuple):
     reach: int | None = None
     coarse: bool = False
     dtype: str = "float32"
+    scored: bool = False
 
 
 def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
@@ -85,7 +88,7 @@ def fastest_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     tiles: those that the mask cuts through are partly wasted. Tiles of one axis come out equally
     long.
     """
-    T, S, head_dim, heads, groups, masked, reach, coarse, dtype = problem
+    T, S, head_dim, heads, groups, masked, reach, coarse, dtype, _ = problem
     T, S = max(T, 1), max(S, 1)
     block_q, block_kv = _MAX_BLOCK_Q, min(_MAX_BLOCK_KV, max(512, _power_of_two(8 * head_dim)))
     if S <= _MAX_BLOCK_KV and not masked:
@@ -124,6 +127,8 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
         return BlockSizes(_even(T, block_q), _even(S, block_kv))
     if problem.dtype != "float32":  # each step brings ones beside the values
         most = max(16, most // 2)
+    if problem.scored:  # each pass pays for scores that leave the caches
+        most = min(most, _SCORED_KEYS)
     whole = most >= S
     tasks = math.ceil(max(_FEWEST_TASKS, 2 * machine.cores) / problem.heads) * (1 if whole else 2)
     block_q = max(_FEWEST_QUERIES, min(_MAX_BLOCK_Q, _TASK_ROWS * tasks) // problem.groups)

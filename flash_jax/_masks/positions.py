@@ -6,6 +6,8 @@ known, but for ``PredicateMask``.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -173,12 +175,30 @@ class PrefixMask(Mask):
 
 @mask_type
 class PredicateMask(Mask):
-    """Keeps the pairs where ``fn(b, h, q_index, k_index)`` is True. Every tile counts as partial.
+    """Keeps the pairs where ``fn(b, h, q_index, k_index)`` is True.
+
+    Every tile counts as partial, and is visited, unless ``bounds`` or ``monotone`` tells more.
 
     Args:
         fn: called under tracing with int32 indices that broadcast together (batch element, query
             head, query, key); returns bool. It should be one function, not a new lambda per call:
             calls are cached by it. It must not close over traced arrays.
+        bounds: ``bounds(b, h, q, k)``, called as fn, but with the ranges of positions of a tile in
+            place of indices: ``q.first`` and ``q.last``, ``k.first`` and ``k.last``, both ends
+            included. Returns a pair of bools (some, every). **some** may be False only where no
+            pair of the tile is kept: the tile is skipped. **every** may be True only where all are:
+            fn is not asked. Where it is unsure, it returns (True, False). What it says is not
+            checked: a wrong answer gives wrong results.
+        monotone: promises that along the queries, with all else fixed, fn turns at most once, from
+            False to True everywhere or from True to False everywhere; and alike along the keys.
+            Then the four corners of a tile tell whether some and whether all of its pairs are kept.
+            It holds for q_index >= k_index, and for a prefix; not for a window, which is two such
+            masks: ``PredicateMask(f, monotone=True) & PredicateMask(g, monotone=True)``.
+
+    Raises:
+        TypeError: fn or bounds is no function, monotone is no bool, or one of them returns what is
+            not described here.
+        ValueError: both bounds and monotone are given.
 
     Example:
         >>> def every_other(b, h, q_index, k_index):
@@ -186,31 +206,64 @@ class PredicateMask(Mask):
         >>> print(PredicateMask(every_other).to_array(2, 4).astype(int))
         [[1 0 1 0]
          [0 1 0 1]]
+        >>> from flash_jax import block_schedule
+        >>> causal = PredicateMask(lambda b, h, q_index, k_index: q_index >= k_index, monotone=True)
+        >>> block_schedule(causal, 6, 6, (2, 2)).counts
+        {'full': 3, 'partial': 3, 'skipped': 3}
     """
 
     fn: Callable[[Array, Array, Array, Array], Array]
+    bounds: Callable[[Array, Array, Range, Range], tuple[Array, Array]] | None = None
+    monotone: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn of PredicateMask must be a function; it is {self.fn!r}")
+        if not isinstance(self.monotone, bool):
+            raise TypeError(f"monotone of PredicateMask must be a bool; it is {self.monotone!r}")
+        given = self.bounds
+        if not (given is None or callable(given)):
+            raise TypeError(f"bounds of PredicateMask must be a function; it is {given!r}")
+        if given is not None and self.monotone:
+            raise ValueError("bounds of PredicateMask must be None where monotone is True")
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
         kept = self.fn(tile.element_index, tile.n, tile.t, tile.s(j))
-        kind = "bool" if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
-        if kind != np.bool_:
-            raise TypeError(f"fn of PredicateMask must return bool; it returned {kind}")
-        kept, full = jnp.asarray(kept), tile.shape()
-        sizes = zip(kept.shape[::-1], full[::-1], strict=False)
-        if kept.ndim > 4 or any(n not in (1, m) for n, m in sizes):
-            raise ValueError(
-                "fn of PredicateMask must return what broadcasts with its indices to "
-                f"{full}; it returned shape {kept.shape}"
-            )
-        return kept
+        return _as_bool("fn", kept, tile.shape())
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        unknown = jnp.full_like(tile.keys.first, True, dtype=bool)
-        return unknown, ~unknown
+        full = (tile.heads, tile.groups, 1, tile.kv.count)
+        b, h, t, s = tile.element_index, tile.n, tile.queries, tile.keys
+        if self.monotone:
+            ends = [x.reshape(1, 1, 1, 1) for x in t]
+            corners = [_as_bool("fn", self.fn(b, h, q, k), full) for q in ends for k in s]
+            return functools.reduce(operator.or_, corners), functools.reduce(operator.and_, corners)
+        if self.bounds is None:
+            unknown = jnp.full_like(s.first, True, dtype=bool)
+            return unknown, ~unknown
+        told = self.bounds(b, h, t, s)
+        if not isinstance(told, tuple) or len(told) != 2:
+            raise TypeError(
+                "bounds of PredicateMask must return a pair of bools, (some, every); it returned "
+                f"{type(told).__name__}"
+            )
+        some, every = (_as_bool("bounds", x, full) for x in told)
+        return some, every
+
+
+def _as_bool(name: str, kept: Any, full: tuple[int, ...]) -> Array:
+    """What a function of ``PredicateMask`` has returned, as an array."""
+    kind = np.bool_ if isinstance(kept, bool) else getattr(kept, "dtype", type(kept).__name__)
+    if kind != np.bool_:
+        raise TypeError(f"{name} of PredicateMask must return bool; it returned {kind}")
+    kept = jnp.asarray(kept)
+    sizes = zip(kept.shape[::-1], full[::-1], strict=False)
+    if kept.ndim > 4 or any(n not in (1, m) for n, m in sizes):
+        raise ValueError(
+            f"{name} of PredicateMask must return what broadcasts with its indices to "
+            f"{full}; it returned shape {kept.shape}"
+        )
+    return kept
 
 
 def _keys(S: int) -> Array:

@@ -63,7 +63,8 @@ def operand_axes(operands: Operands, plan: Plan) -> Operands:
     mask, kv = operands.scores.mask, _laid_out(plan.kv_layout, "K", "S")
     if mask is not None:
         mask = jax.tree.unflatten(jax.tree.structure(mask), mask.array_axes())
-    scores: Any = ("B", mask, "B", "BN", "B", "BNTS")
+    function = jax.tree.map(lambda x: "B" + "." * (x.ndim - 1), operands.scores.function)
+    scores: Any = ("B", mask, "B", "BN", "B", "BNTS", function)
     quantization: Any = ("BNT", "BNT", "BKS", "BKS", "BKS.")
     if operands.pages is not None:  # pools, whose pages any row may have
         kv, quantization = "..K..", ("BNT", "BNT", "..K.", "..K.", "..K..")
@@ -81,7 +82,7 @@ def operand_axes(operands: Operands, plan: Plan) -> Operands:
 
 def _others(name: str, operands: Operands, static: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Of the leaves behind the operands, and of the results."""
-    differentiable = Differentiable.of(operands)._asdict()
+    differentiable = Differentiable.of(operands).by_name()
     results, wrt = [operands.q, *["BNT"] * 3], [differentiable[n] for n in static.get("wrt", ())]
     match name:
         case "attention":

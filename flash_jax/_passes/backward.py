@@ -98,6 +98,7 @@ def backward_tile(
     # Queries that the tile before has, too, count there.
     own = tile.as_rows(tile.own_queries, 1)
     d_o, delta = jnp.where(own, d_o, 0), jnp.where(own[..., 0], delta, 0)
+    plain = scores.soft_cap is None and scores.function is None
 
     def step(masked: bool) -> Callable[[Array, tuple], tuple]:
         clean = finite if masked else lambda x: x
@@ -108,13 +109,14 @@ def backward_tile(
             dq, gradients = carry
             k, v = (kv_tile(plan, tile, x, j, acc) for x in (operands.k, operands.v))
             s, kept = scores.products(q, k), scores.keep(tile, j) if masked else True
-            if masked and scores.soft_cap is not None:
-                s = jnp.where(kept, s, 0)  # the slope of tanh at NaN, times 0, is NaN
+            if masked and not plain:
+                s = jnp.where(kept, s, 1)  # the slope of tanh at NaN, times 0, is NaN
             s, pull_back = jax.vjp(
                 lambda local, s: scores.logits(tile, j, local, s), scores.local(tile, j), s
             )
             if masked:
                 s = jnp.where(kept, s, -jnp.inf)
+                kept = scores.kept_logits(jnp.asarray(kept), s)
             p, dp = probabilities(s, m, l), scores.products(clean(d_o), clean(v))
             p_v, weights = p, kept_weights(operands, plan, tile, j)
             if weights is not None:
@@ -123,6 +125,8 @@ def backward_tile(
             if masked:
                 ds = jnp.where(kept, ds, 0)
             d_local, ds = pull_back(ds)
+            if masked and scores.function is not None:
+                ds = jnp.where(kept, ds, 0)  # a slope may be NaN there
             gradients = gradients.add_keys("v", tile, j, dot(d_o_t, p_v))
             gradients = gradients.add_local(tile, j, d_local)
             gradients = gradients.add_keys("k", tile, j, dot(q_t, ds))
@@ -131,8 +135,7 @@ def backward_tile(
         return at
 
     def by_kernels(masked: bool) -> Callable[[Array, tuple], tuple]:
-        plain = scores.soft_cap is None and scores.alibi_slopes is None
-        if masked or plan.multiplied is None or not plain:
+        if masked or plan.multiplied is None or not plain or scores.alibi_slopes is not None:
             return step(masked)
         rows = Rows(unscaled, d_o, m, l, delta)
         return kernel_step(operands, plan, plan.multiplied, tile, rows)

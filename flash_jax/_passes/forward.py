@@ -57,10 +57,14 @@ def forward(operands: Operands, plan: Plan) -> Results:
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     if plan.few is not None:
         return attend_few(operands, plan, results)
-    right = done = None
-    if plan.kernel is not None:
-        results, right = _by_kernels(operands, plan, results)
-        done = in_every_element(jnp.all(right))
+    if not _kernels(operands, plan):
+        return _exact(operands, plan, results)
+    return _exact(operands, plan, *_by_kernels(operands, plan, results))
+
+
+def _exact(operands: Operands, plan: Plan, results: Results, right: Array | None = None) -> Results:
+    """The results of the exact loop, but for rows that are right already, (B, N, T)."""
+    done = None if right is None else in_every_element(jnp.all(right))
 
     def step(tile: QueryTile, results: Results) -> Results:
         state = tile.each(lambda tile, operands: forward_tile(operands, plan, tile), operands)
@@ -71,30 +75,44 @@ def forward(operands: Operands, plan: Plan) -> Results:
 
 def output(operands: Operands, plan: Plan) -> Array:
     """The output alone."""
-    if plan.few or plan.kernel is None or not _in_whole_rows(operands, plan):
+    if not _kernels(operands, plan) or not _in_whole_rows(operands, plan):
         return forward(operands, plan).out
 
-    def step(tile: QueryTile, out: Array) -> Array:
-        rows = tile.together * tile.heads * tile.rows
-        new = tile.each(lambda tile, operands: whole_rows(operands, plan, tile, rows), operands)
-        return _with_output(plan, tile, out, new)
+    def step(tile: QueryTile, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        rows, (out, right) = tile.together * tile.heads * tile.rows, carry
+        new = tile.each(lambda tile, operands: whole_rows(operands, kernels, tile, rows), operands)
+        if right is not None:
+            right = _with_rows(tile, right, jnp.isfinite(jnp.sum(new * 0, axis=-1)))
+        return _with_output(plan, tile, out, new), right
 
-    shape, plan = forward_shapes(operands, plan).out, plan.of_kernels
-    out = jnp.zeros(shape.shape, shape.dtype)
-    return over_query_tiles(operands, plan, step, out, copies=1, several=True)
+    results = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), forward_shapes(operands, plan))
+    kernels, function = _plan_of_kernels(operands, plan), operands.scores.function
+    # A function may give -inf: then a row may be empty, and 0 times a NaN behind it is NaN.
+    carry = results.out, None if function is None else jnp.zeros(results.lse.shape, bool)
+    out, right = over_query_tiles(operands, kernels, step, carry, copies=1, several=True)
+    return out if right is None else _exact(operands, plan, results._replace(out=out), right).out
+
+
+def _kernels(operands: Operands, plan: Plan) -> bool:
+    """Whether XLA makes one kernel of a tile."""
+    return plan.kernel is not None and plan.few is None and operands.scores.one_kernel
+
+
+def _plan_of_kernels(operands: Operands, plan: Plan) -> Plan:
+    return plan.of_kernels if operands.scores.function is None else plan.of_stored_kernels
 
 
 def _in_whole_rows(operands: Operands, plan: Plan) -> bool:
     """Whether every row reads all keys, in one tile."""
     dims = Dimensions.of(operands, plan)
     kv = Axis.of(dims.S, plan.of_kernels.blocks.kv)
-    sole = kv.count == 1 and operands.scores.always_full(kv)
+    sole = kv.count == 1 and operands.scores.always_full(kv, True)
     return sole and operands.sinks is None and not dims.empty
 
 
 def _by_kernels(operands: Operands, plan: Plan, results: Results) -> tuple[Results, Array]:
     """The results by one kernel per tile, and which rows of them are right, (B, N, T)."""
-    plan = plan.of_kernels
+    plan = _plan_of_kernels(operands, plan)
 
     def step(tile: QueryTile, carry: tuple[Results, Array]) -> tuple[Results, Array]:
         state, right = tile.each(lambda tile, operands: kernel_tile(operands, plan, tile), operands)
@@ -148,20 +166,26 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
     products = plan.format.products(operands, plan, tile)
     careful = products.floats and not scores.always_full(tile.kv)
 
+    def logits(j: Array) -> Array:
+        return scores.logits(tile, j, scores.local(tile, j), products.scores(j))
+
+    def kept(j: Array) -> Array:
+        kept = scores.keep(tile, j)
+        return kept if scores.function is None else scores.kept_logits(kept, logits(j))
+
     def step(masked: bool) -> Callable[[Array, tuple], tuple]:
         absorb = _absorb(plan, tile, products, masked)
 
         def at(j: Array, carry: tuple) -> tuple:
             state, clean = carry
-            s, v = products.scores(j), products.values(j)
-            s = scores.logits(tile, j, scores.local(tile, j), s)
+            s, v = logits(j), products.values(j)
             if masked:
                 s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
             if masked and careful:
                 clean, v = clean & all_finite(v, acc), finite(v)
-            kept, weigh = kept_weights(operands, plan, tile, j), products.weigh
-            if kept is not None:
-                weigh = lambda p, v: products.weigh(p * kept, v)  # noqa: E731
+            weights, weigh = kept_weights(operands, plan, tile, j), products.weigh
+            if weights is not None:
+                weigh = lambda p, v: products.weigh(p * weights, v)  # noqa: E731
             return absorb(state, s, v, weigh, products.exp), clean
 
         return at
@@ -170,7 +194,7 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
     state, clean = over_key_tiles(operands, tile, step, (state, jnp.array(True)))
     if careful:
-        state = state._replace(o=with_kept_nonfinite(operands, plan, tile, clean, state.o))
+        state = state._replace(o=with_kept_nonfinite(operands, plan, tile, kept, clean, state.o))
     state = state._replace(o=products.finish(state.o))
     return with_sinks(operands, tile, state)
 

@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from .._tiles.load import put_tile, take_tile
 from .._tiles.tile import QueryTile
 from .._tiles.xla import apart
-from .operands import Differentiable, Dimensions, Operands
+from .operands import Differentiable, Dimensions, Operands, captured_name
 from .plan import Plan
 from .scores import Local
 
@@ -26,10 +26,10 @@ def gradient_shapes(
     operands: Operands, entries: dict[str, int], dtype: np.dtype | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the gradients: as the operands', with first axes of ``entries``."""
-    of = {name: getattr(Differentiable.of(operands), name) for name in entries}
+    of = Differentiable.of(operands).by_name()
     return {
-        name: jax.ShapeDtypeStruct((entries[name], *x.shape[1:]), dtype or x.dtype)
-        for name, x in of.items()
+        name: jax.ShapeDtypeStruct((count, *of[name].shape[1:]), dtype or of[name].dtype)
+        for name, count in entries.items()
     }
 
 
@@ -93,10 +93,19 @@ class Gradients:
         """Adds a scalar at the instance of the tile; None: nothing."""
         return self if x is None else self._add(name, tile, (), x[None])
 
+    def add_captured(self, name: str, tile: QueryTile, x: Array | None) -> Gradients:
+        """Adds the gradient of an array that a score function captures; None: nothing."""
+        if x is None or name not in self.sums:
+            return self
+        x = x.astype(self.sums[name].dtype)
+        return self._add(name, tile, (np.int32(0),) * x.ndim, x[None])
+
     def add_local(self, tile: QueryTile, j: Array, local: Local) -> Gradients:
         """Adds the gradients of the parameters that the logits of key tile j depend on."""
         gradients = self.add_instance("soft_cap", tile, local.soft_cap)
         gradients = gradients.add_heads("alibi_slopes", tile, local.alibi_slopes)
+        for i, x in enumerate(local.captured):
+            gradients = gradients.add_captured(captured_name(i), tile, x)
         if "bias" not in self.sums or local.bias is None:
             return gradients
         starts = (tile.head * tile.groups, tile.q.start(tile.i), tile.kv.start(j))

@@ -63,7 +63,7 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
 
     sums = jnp.zeros((tile.heads, tile.rows, width + _ONES), acc)
     reads = jnp.zeros((tile.heads, tile.rows), bool)
-    sums, reads = over_key_tiles(operands, tile, step, (sums, reads))
+    sums, reads = over_key_tiles(operands, tile, step, (sums, reads), True)
     o, l = sums[..., :width], sums[..., width]
     right = jnp.where(reads, (l > _LEAST.astype(acc)) & (l < _MOST.astype(acc)), l == 0)
     right &= jnp.isfinite(jnp.sum(o * 0, axis=-1))
@@ -115,7 +115,7 @@ def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     part = tile._replace(kv=Axis.of(tile.kv.length, count))
     j = first_visited(operands, tile) * tile.kv.block // count
     products = plan.format.products(operands, plan, part, True)
-    kept = None if operands.scores.always_full(tile.kv) else operands.scores.kept(part, j)
+    kept = None if operands.scores.always_full(tile.kv, True) else operands.scores.kept(part, j)
     m = jnp.max(_logits(operands, part, products, j, kept), axis=-1)
     return online.finite_shift(m)
 

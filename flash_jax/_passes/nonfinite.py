@@ -7,6 +7,8 @@ end. A visible NaN must reach the output; a masked one must not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array, lax
 from jax import numpy as jnp
 
@@ -28,11 +30,17 @@ def all_finite(v: Array, dtype: jnp.dtype) -> Array:
 
 
 def with_kept_nonfinite(
-    operands: Operands, plan: Plan, tile: QueryTile, clean: Array, o: Array
+    operands: Operands,
+    plan: Plan,
+    tile: QueryTile,
+    kept: Callable[[Array], Array],
+    clean: Array,
+    o: Array,
 ) -> Array:
     """o (heads, rows, Hv) with the NaN and infinities that are kept in partial tiles.
 
     Args:
+        kept: the mask of a key tile.
         clean: whether there is none, masked or kept.
     """
 
@@ -41,7 +49,7 @@ def with_kept_nonfinite(
 
     def add(j: Array, o: Array) -> Array:
         v = kv_tile(plan, tile, operands.v, j, o.dtype, operands.pages)
-        return with_nonfinite(operands.scores.keep(tile, j), v, o)
+        return with_nonfinite(kept(j), v, o)
 
     show = lambda o: over_key_tiles(operands, tile, step, o)  # noqa: E731
     return lax.cond(in_every_element(clean), lambda o: o, show, o)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,23 +64,47 @@ class Differentiable(NamedTuple):
     alibi_slopes: Array | None
     bias: Array | None
     sinks: Array | None
+    captured: tuple[Array | None, ...] = ()  # by a score function
 
     @classmethod
     def of(cls, operands: Operands) -> Differentiable:
         q, k, v, scores, sinks, *_ = operands
-        return cls(q, k, v, scores.scale, scores.soft_cap, scores.alibi_slopes, scores.bias, sinks)
+        parameters = scores.scale, scores.soft_cap, scores.alibi_slopes, scores.bias
+        return cls(q, k, v, *parameters, sinks, scores.captured)
+
+    def by_name(self) -> dict[str, Any]:
+        """Those that are not None, in the order of their leaves; "captured 0", and so on."""
+        named = self._asdict()
+        named |= {captured_name(i): x for i, x in enumerate(named.pop("captured"))}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def named(self, given: dict[str, Any]) -> Differentiable:
+        """Those that are given by name, and None for all others."""
+        captured = tuple(given.get(captured_name(i)) for i in range(len(self.captured)))
+        q, k, v, scale, soft_cap, slopes, bias, sinks = map(given.get, self._fields[:-1])
+        return Differentiable(q, k, v, scale, soft_cap, slopes, bias, sinks, captured)
 
     def into(self, operands: Operands) -> Operands:
         """operands with those that are not None here replaced."""
         given = {name: x for name, x in self._asdict().items() if x is not None}
         own = {name: x for name, x in given.items() if name in Operands._fields}
         of_scores = {name: x for name, x in given.items() if name in Scores._fields}
+        function = operands.scores.function
+        if function is not None:
+            of_scores["function"] = function.of(self.captured)
         return operands._replace(scores=operands.scores._replace(**of_scores), **own)
+
+
+def captured_name(i: int) -> str:
+    """The name of an array that a score function captures."""
+    return f"captured {i}"
 
 
 def flatten(operands: Operands) -> tuple[list[Any], Any]:
     """The leaves of operands, those that have derivatives first, and what ``unflatten`` needs."""
     scores = operands.scores._replace(scale=None, soft_cap=None, alibi_slopes=None, bias=None)
+    if scores.function is not None:
+        scores = scores._replace(function=dataclasses.replace(scores.function, floats=()))
     rest = operands._replace(q=None, k=None, v=None, scores=scores, sinks=None)
     return jax.tree.flatten((Differentiable.of(operands), rest))
 
@@ -94,7 +119,13 @@ def unflatten(tree: Any, leaves: Sequence[Any]) -> tuple[Operands, list[Any]]:
 def names(tree: Any) -> list[str]:
     """Names of the differentiable operands, in the order of their leaves."""
     differentiable, _ = jax.tree.unflatten(tree, [0] * tree.num_leaves)
-    return [name for name, x in differentiable._asdict().items() if x is not None]
+    return list(differentiable.by_name())
+
+
+def has_score_function(tree: Any) -> bool:
+    """Whether the operands have a function of scores."""
+    _, rest = jax.tree.unflatten(tree, [0] * tree.num_leaves)
+    return rest.scores.function is not None
 
 
 class Dimensions(NamedTuple):

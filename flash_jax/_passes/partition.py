@@ -37,10 +37,18 @@ from jax.experimental.custom_partitioning import (
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding
 
-from .._tiles.jax_versions import as_here, functions_have_no_key, module_mesh, on_mesh
+from .._tiles.jax_versions import (
+    as_here,
+    functions_have_no_key,
+    module_mesh,
+    on_mesh,
+    without_types,
+    without_varying_axes,
+)
 from .axes import Axes, axes_of
 from .device import on_a_device
 from .division import divide
+from .operands import has_score_function
 
 
 def lowering(
@@ -62,6 +70,12 @@ def lowering(
     alone, together = (mlir.lower_fun(f, multiple_results=True) for f in (run, divided))
 
     def lower(ctx: Any, *values: Any, **static: Any) -> Any:
+        if has_score_function(static["tree"]):
+            with without_varying_axes():
+                return lower_any(without_types(ctx), *values, **static)
+        return lower_any(ctx, *values, **static)
+
+    def lower_any(ctx: Any, *values: Any, **static: Any) -> Any:
         mesh = module_mesh(ctx)
         if mesh is None:
             return alone(ctx, *values, **static)

@@ -23,6 +23,7 @@ KERNEL_SCORES = 2**26
 KERNEL_NUMBERS = 2**20
 BACKWARD_BYTES = 2**22
 _MOST_CORES = 16
+_STORED = 8  # fewer scores in a step of kernels that stores what is as large as these
 
 
 class Part(Protocol):
@@ -114,6 +115,14 @@ class Plan:
         return dataclasses.replace(
             self, blocks=self.kernel, step_scores=scores, step_numbers=numbers
         )
+
+    @property
+    def of_stored_kernels(self) -> Plan:
+        """As ``of_kernels``, where a step also stores some array as large as its scores."""
+        plan = self.of_kernels
+        assert plan.step_numbers is not None
+        scores, numbers = KERNEL_SCORES // _STORED, plan.step_numbers // _STORED
+        return dataclasses.replace(plan, step_scores=scores, step_numbers=numbers)
 
     @property
     def of_backward(self) -> Plan:

@@ -69,9 +69,9 @@ def _attention_shapes(*leaves: Any, tree: Any, plan: Plan, statistics: bool) -> 
 
 def _tangent(*leaves: Array, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Array]:
     operands, others = unflatten(tree, leaves)
-    tangents = dict.fromkeys(Differentiable._fields) | dict(zip(wrt, others[4:], strict=True))
+    tangents = Differentiable.of(operands).named(dict(zip(wrt, others[4:], strict=True)))
     run = tangent if plan.ring is None else ring_tangent
-    return list(run(operands, Results(*others[:4]), Differentiable(**tangents), plan))
+    return list(run(operands, Results(*others[:4]), tangents, plan))
 
 
 def _tangent_shapes(*leaves: Any, tree: Any, plan: Plan, wrt: tuple[str, ...]) -> list[Any]:

@@ -71,14 +71,14 @@ def ring_tangent(
         return tangent(operands, results, tangents, plan)
     d_results = jnp.zeros(results.out.shape, dims.acc), jnp.zeros_like(results.lse)
     names = operand_axes(operands, plan)
-    axes = Differentiable.of(names)._asdict()
-    given = {name: x for name, x in tangents._asdict().items() if x is not None}
+    axes = Differentiable.of(names).by_name()
+    given = tangents.by_name()
 
     def step(
         part: Part, operands: Operands, d_results: tuple[Array, Array], moving: dict[str, Array]
     ) -> tuple[tuple[Array, Array], dict[str, Array]]:
         cut = {name: part.cut(x, axes[name]) for name, x in (staying | moving).items()}
-        own = Differentiable(**(dict.fromkeys(Differentiable._fields) | cut))
+        own = tangents.named(cut)
         rows = _rows(part, results)
         rows = rows._replace(out=rows.out.astype(dims.acc))  # as d_results, which are sums
         new = tangent(part.of(operands, names), rows, own, plan.without_ring)
@@ -103,7 +103,7 @@ def ring_backward(
     if dims.empty:
         return backward(operands, results, d_out, d_lse, plan, entries)
     names = operand_axes(operands, plan)
-    axes = Differentiable.of(names)._asdict()
+    axes = Differentiable.of(names).by_name()
     sums = {name: jnp.zeros(x.shape, dims.acc) for name, x in shapes.items()}
     moving = {name: x for name, x in sums.items() if _travels(x, axes[name], dims.S)}
     staying = {name: x for name, x in sums.items() if name not in moving}

@@ -1,9 +1,10 @@
 """Scores of one tile, from scaled queries and keys to masked logits.
 
-    s = soft_cap(scale * q . k) - slope * |t + offset - s| + bias,  then -inf where masked
+    s = fn(soft_cap(scale * q . k) - slope * |t + offset - s| + bias),  then -inf where masked
 
-which is the order of FlashAttention and of ONNX. Soft cap c: x -> c tanh(x / c), Gemma 2, 2024,
-section 2, https://arxiv.org/abs/2408.00118. Slopes: Press et al., ALiBi, 2021, section 3,
+which is the order of FlashAttention and of ONNX, with a function of the caller's at the end
+(``score_function``). Soft cap c: x -> c tanh(x / c), Gemma 2, 2024, section 2,
+https://arxiv.org/abs/2408.00118. Slopes: Press et al., ALiBi, 2021, section 3,
 https://arxiv.org/abs/2108.12409.
 """
 
@@ -20,6 +21,7 @@ from .._masks.base import Mask
 from .._masks.schedule import PARTIAL, keep_tile, never_partial, status
 from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import dot, rounded
+from .score_function import ScoreFunction
 
 
 class Local(NamedTuple):
@@ -28,6 +30,7 @@ class Local(NamedTuple):
     soft_cap: Array | None  # ()
     alibi_slopes: Array | None  # (heads, groups, 1, 1)
     bias: Array | None  # broadcastable to (heads, groups, block_q, block_kv)
+    captured: tuple[Array | None, ...] = ()  # by the score function, in their own dtypes
 
 
 class Scores(NamedTuple):
@@ -39,25 +42,39 @@ class Scores(NamedTuple):
     alibi_slopes: Array | None = None  # (B, N)
     offset: Array | None = None  # (B,) int32, of the ALiBi distances
     bias: Array | None = None  # (B, N, T, S), any of them 1
-
-    def always_full(self, kv: Axis) -> bool:
-        """Whether it is known before any value is that no tile needs a mask."""
-        return never_partial(self.mask, kv) and self.bias is None
+    function: ScoreFunction | None = None
 
     @property
-    def always_partial(self) -> bool:
-        """Whether every tile needs a mask: a bias may be -inf anywhere."""
-        return self.bias is not None
+    def captured(self) -> tuple[Array | None, ...]:
+        """What the score function captures and has derivatives, (B or 1, ...) each."""
+        return () if self.function is None else self.function.floats
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether one kernel of XLA may hold all that makes logits of products."""
+        return self.function is None or self.function.program.one_kernel
+
+    def always_full(self, kv: Axis, fused: bool = False) -> bool:
+        """Whether it is known before any value is that no tile needs a mask.
+
+        Args:
+            fused: where a score of -inf needs none, for it is found afterwards.
+        """
+        return never_partial(self.mask, kv) and not self.always_partial(fused)
+
+    def always_partial(self, fused: bool = False) -> bool:
+        """Whether every tile needs a mask: bias and function may give -inf anywhere."""
+        return self.bias is not None or (self.function is not None and not fused)
 
     @property
     def alike(self) -> bool:
         """Whether all instances have the same schedule."""
         return self.bias is None and all(x.shape[0] == 1 for x in jax.tree.leaves(self.mask))
 
-    def schedule_row(self, tile: QueryTile) -> Array:
-        """What each key tile is, as ``_schedule.status``."""
+    def schedule_row(self, tile: QueryTile, fused: bool = False) -> Array:
+        """What each key tile is, as ``_schedule.status``; fused: as ``always_full``."""
         row = status(self.mask, tile)
-        return row if not self.always_partial else jnp.minimum(row, np.int32(PARTIAL))
+        return row if not self.always_partial(fused) else jnp.minimum(row, np.int32(PARTIAL))
 
     def scaled(self, tile: QueryTile, q: Array) -> Array:
         """Queries times the scale, in q's dtype.
@@ -89,6 +106,10 @@ class Scores(NamedTuple):
             kept = kept & ~jnp.isneginf(bias)
         return kept
 
+    def kept_logits(self, kept: Array, s: Array) -> Array:
+        """The mask kept, where it is not -inf by the score function that logits are masked."""
+        return kept if self.function is None else kept & ~jnp.isneginf(s)
+
     def products(self, q: Array, k: Array) -> Array:
         """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
         s = dot(q, k, axis=-1)
@@ -100,6 +121,7 @@ class Scores(NamedTuple):
             None if self.soft_cap is None else tile.of_instance(self.soft_cap),
             None if self.alibi_slopes is None else tile.of_heads(self.alibi_slopes),
             None if self.bias is None else tile.of_scores(self.bias, j),
+            tuple(None if x is None else tile.of_instance(x) for x in self.captured),
         )
 
     def logits(
@@ -110,7 +132,8 @@ class Scores(NamedTuple):
         Args:
             fused: of operations that XLA's library has, for one kernel per tile.
         """
-        soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), local)
+        *parameters, captured = local
+        soft_cap, slopes, bias = jax.tree.map(lambda x: x.astype(s.dtype), parameters)
         if soft_cap is not None:
             # A constant cap would divide by its reciprocal, and give other bits than a traced one.
             s = soft_cap * jnp.tanh(s * (1 / soft_cap))
@@ -120,4 +143,8 @@ class Scores(NamedTuple):
             s = s - tile.as_rows(slopes * distance)
         if bias is not None:
             s = s + tile.as_rows(bias)
-        return s
+        if self.function is None:
+            return s
+        if bias is not None and not fused:  # the slope at -inf, times 0, may be NaN
+            s = jnp.where(jnp.isneginf(s), 1, s)
+        return self.function.on_tile(tile, j, captured, s, fused)

@@ -77,7 +77,7 @@ def tangent_tile(
             varied = _where(tangents, operands)
             s, ds = jax.jvp(lambda x: logits(x.into(operands), j), (varied,), (tangents,))
             if masked:
-                kept = scores.keep(tile, j)
+                kept = scores.kept_logits(scores.keep(tile, j), s)
                 s, ds = jnp.where(kept, s, -jnp.inf), jnp.where(kept, ds, 0)
             p = probabilities(s, m, l)
             dp = p * ds
@@ -104,8 +104,8 @@ def tangent_tile(
 
 def _where(tangents: Differentiable, operands: Operands) -> Differentiable:
     """The operands that have a tangent."""
-    pairs = zip(tangents, Differentiable.of(operands), strict=True)
-    return Differentiable(*(None if t is None else x for t, x in pairs))
+    all_, moving = Differentiable.of(operands), tangents.by_name()
+    return all_.named({name: x for name, x in all_.by_name().items() if name in moving})
 
 
 def _of_one_shape(operands: Operands, tangents: Differentiable) -> tuple[Operands, Differentiable]:
@@ -113,9 +113,9 @@ def _of_one_shape(operands: Operands, tangents: Differentiable) -> tuple[Operand
 
     Under ``vmap`` one of the two may serve all calls where the other has an entry for each.
     """
-    spread = [
-        (x, t) if x is None or t is None else jnp.broadcast_arrays(x, t)
-        for x, t in zip(Differentiable.of(operands), tangents, strict=True)
-    ]
-    xs, ts = (Differentiable(*column) for column in zip(*spread, strict=True))
-    return xs.into(operands), ts
+    all_, moving = Differentiable.of(operands), tangents.by_name()
+    xs = all_.by_name()
+    spread = {name: jnp.broadcast_arrays(xs[name], t) for name, t in moving.items()}
+    xs |= {name: x for name, (x, _) in spread.items()}
+    moved = {name: t for name, (_, t) in spread.items()}
+    return all_.named(xs).into(operands), all_.named(moved)

@@ -97,34 +97,41 @@ def whole_tile(operands: Operands, plan: Plan) -> QueryTile:
 
 
 def over_key_tiles(
-    operands: Operands, tile: QueryTile, step: Callable[[bool], Callable[[Array, C], C]], carry: C
+    operands: Operands,
+    tile: QueryTile,
+    step: Callable[[bool], Callable[[Array, C], C]],
+    carry: C,
+    fused: bool = False,
 ) -> C:
     """Folds ``step(masked=False)`` over the full key tiles, then ``step(True)`` over the partial.
 
     Skipped tiles, such as those above a causal diagonal, are not visited.
+
+    Args:
+        fused: which tiles are full, as ``Scores.always_full``.
     """
     scores = operands.scores
     carry = varying_as(operands, carry)
     if tile.kv.count == 1:
-        return step(not scores.always_full(tile.kv))(jnp.int32(0), carry)
-    if scores.always_full(tile.kv):
+        return step(not scores.always_full(tile.kv, fused))(jnp.int32(0), carry)
+    if scores.always_full(tile.kv, fused):
         return _loop(np.int32(0), as_int32(tile.kv.count), step(False), carry)
-    order, full, end = visits(scores.schedule_row(tile))
+    order, full, end = visits(scores.schedule_row(tile, fused))
 
     def at(masked: bool) -> Callable[[Array, C], C]:
         visit = step(masked)
         return lambda x, carry: visit(order[x], carry)
 
-    if not scores.always_partial:
+    if not scores.always_partial(fused):
         carry = _loop(np.int32(0), full, at(False), carry)
     return _loop(full, end, at(True), carry)
 
 
 def first_visited(operands: Operands, tile: QueryTile) -> Array:
-    """The key tile that ``over_key_tiles`` comes to first."""
-    if tile.kv.count == 1 or operands.scores.always_full(tile.kv):
+    """The key tile that ``over_key_tiles`` of kernels comes to first."""
+    if tile.kv.count == 1 or operands.scores.always_full(tile.kv, True):
         return jnp.int32(0)
-    return visits(operands.scores.schedule_row(tile)).order[0]
+    return visits(operands.scores.schedule_row(tile, True)).order[0]
 
 
 def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry: C) -> C:

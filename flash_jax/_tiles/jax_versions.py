@@ -25,6 +25,11 @@ except ImportError:  # should JAX move it, attention works on without these repo
     checkify = None
 
 try:
+    from jax._src import config
+except ImportError:
+    config = None
+
+try:
     from jax._src import xla_bridge
 except ImportError:  # should JAX move it, tiles are those of a single device
     xla_bridge = None
@@ -53,6 +58,24 @@ def varying_axes(x: Array) -> frozenset[str]:
     documents neither.
     """
     return jax.typeof(x).manual_axis_type.varying
+
+
+def without_varying_axes() -> AbstractContextManager[Any]:
+    """A context in which types do not tell what varies over the mesh axes of a ``shard_map``.
+
+    An operation in a jaxpr has types that agree; evaluated on others, these need not. There is no
+    public name for what ``shard_map(check_vma=False)`` does (0.10 to 0.12).
+    """
+    # Should JAX move it, such a jaxpr fails in a ``shard_map``.
+    context: Any = getattr(config, "_check_vma", lambda _: contextlib.nullcontext())
+    return context(False)
+
+
+def without_types(ctx: Any) -> Any:
+    """The context of a lowering whose arrays vary over no mesh axes, as far as types tell."""
+    of_none = (type(x.manual_axis_type)() for x in ctx.avals_in)
+    pairs = zip(ctx.avals_in, of_none, strict=True)
+    return ctx.replace(avals_in=[x.update(manual_axis_type=none) for x, none in pairs])
 
 
 def like(aval: Any, x: Any) -> Any:

@@ -127,6 +127,8 @@ def test_kinds_that_are_refused(rng):
     cache = empty("window").append(key, value)
     with pytest.raises(NotImplementedError, match="bias must be None where the cache has a window"):
         attend(query, cache, np.zeros((1, 1, 3, SLOTS), np.float32))
+    with pytest.raises(NotImplementedError, match="score_mod must be None where the cache has"):
+        attend(query, cache, score_mod=lambda score, b, h, q_index, k_index: score)
     with pytest.raises(TypeError, match="cache must be a KVCache or PagedKVCache; it is list"):
         attend(query, [])
     with pytest.raises(TypeError, match="rows must be bools or integers"):

@@ -14,7 +14,7 @@ from flash_jax._api.zigzag import needed_rounds
 
 CASES = (
     ("causal", "one device", "lengths", "dropout", "vmap"),
-    ("parameters", "window", "windows", "broadcast dropout"),
+    ("parameters", "window", "windows", "broadcast dropout", "score_mod"),
     ("pairs", "keys"),
     ("one position", "masks", "bfloat16", "nothing"),
 )

@@ -136,7 +136,28 @@ BAD_ARRAYS = [
     ({"alibi_slopes": 1.0}, ValueError, "(N", "its shape is ()"),
     ({"alibi_slopes": f32(NK)}, ValueError, "(N", "its shape is (3,)"),
 ]
+COMPLEX = jnp.ones(2, np.complex64)
 BAD_STATICS = [
+    ({"score_mod": 2.0}, TypeError, "a function or None", "it is 2.0"),
+    (
+        {"score_mod": lambda s, b, h, q, k: q},
+        TypeError,
+        "a float scalar",
+        "it returned int32 of",
+    ),
+    ({"score_mod": lambda s, b, h, q, k: (s, s)}, TypeError, "a float scalar", "it returned tuple"),
+    (
+        {"score_mod": lambda s, *_: s + jnp.ones(2)},
+        TypeError,
+        "a float scalar",
+        "it returned float32 of",
+    ),
+    (
+        {"score_mod": lambda s, *_: s + abs(COMPLEX[0])},
+        TypeError,
+        "real numbers",
+        "it captures complex64",
+    ),
     ({"is_causal": 1}, TypeError, "a bool", "it is 1"),
     ({"is_causal": None}, TypeError, "a bool", "it is None"),
     ({"is_causal": np.array(True)}, TypeError, "a bool", "it is array(True)"),

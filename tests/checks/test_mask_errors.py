@@ -124,6 +124,8 @@ def test_an_error_of_a_look_at_a_mask_names_the_argument(call, error, message):
         (lambda: SegmentMask(None, i32(S)), "SegmentMask.q_ids"),
         (lambda: PrefixMask(None), "PrefixMask.n"),
         (lambda: PredicateMask(3), "fn"),
+        (lambda: PredicateMask(max, 3), "bounds"),  # pyright: ignore
+        (lambda: PredicateMask(max, monotone=3), "monotone"),  # pyright: ignore
     ],
 )
 def test_a_field_of_a_mask_that_is_missing_is_named(make, name):
@@ -141,6 +143,16 @@ def test_a_field_of_a_mask_that_is_missing_is_named(make, name):
 def test_a_predicate_must_return_what_broadcasts_with_its_indices(fn):
     with refused(ValueError, "fn of PredicateMask must return"):
         attend(mask=PredicateMask(fn))
+
+
+def test_a_predicate_has_one_way_to_tell_of_tiles():
+    fn = lambda b, h, q_index, k_index: q_index >= k_index  # noqa: E731
+    with refused(ValueError, "bounds of PredicateMask must be None where monotone is True"):
+        PredicateMask(fn, lambda *_: (True, False), monotone=True)
+    for told, what in [(True, "a pair of bools, .* it returned bool"), ((1, True), "bool; .* int")]:
+        mask = PredicateMask(fn, lambda b, h, q, k, told=told: told)  # pyright: ignore
+        with refused(TypeError, f"bounds of PredicateMask must return {what}"):
+            block_schedule(mask, 3, 3, (2, 2))
 
 
 @pytest.mark.parametrize("argument", ["batch", "head"])

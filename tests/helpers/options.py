@@ -108,6 +108,11 @@ def bias(*shape, dtype=np.float32):
     return lambda rng: {"bias": np.asarray(rng.standard_normal(shape)).astype(dtype)}
 
 
+def bent(score, b, h, q_index, k_index):
+    """A function of scores in operators that NumPy and JAX have alike."""
+    return score * (1 + h / 8) - abs(q_index - k_index) / (4 + b)
+
+
 OPTIONS = MASKING | {
     "none": lambda rng: {},
     "bias": bias(B, N, T, S),
@@ -117,6 +122,8 @@ OPTIONS = MASKING | {
     "soft cap": lambda rng: {"logits_soft_cap": 1.3},
     "sinks": lambda rng: {"sinks": rng.standard_normal(N).astype(np.float32)},
     "alibi": lambda rng: {"alibi_slopes": rng.random(N).astype(np.float32)},
+    "score mod": lambda rng: {"score_mod": bent},
+    "score mod and others": lambda rng: everything(rng) | {"score_mod": bent},
     "parameters": lambda rng: parameters(rng) | {"query_offset": int32(5, -2)},
     "lengths and sinks": lambda rng: LENGTHS | {"sinks": rng.standard_normal(N).astype(np.float32)},
     "everything": everything,
@@ -176,7 +183,7 @@ SHAPES = {
 DIFFERENTIABLE = (
     "query", "key", "value", "bias", "scale", "logits_soft_cap", "alibi_slopes", "sinks"
 )  # fmt: skip
-STATIC = "is_causal", "local_window_size", "dropout_rate", "block_sizes"
+STATIC = "score_mod", "is_causal", "local_window_size", "dropout_rate", "block_sizes"
 
 
 def split(call):

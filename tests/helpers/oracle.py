@@ -82,7 +82,7 @@ def attention(query, key, value, bias=None, mask=None, *, dtype=None, dropout=1,
     return out if dtype is None else out.astype(dtype), lse
 
 
-SCORING = "scale", "logits_soft_cap", "alibi_slopes"
+SCORING = "scale", "logits_soft_cap", "alibi_slopes", "score_mod"
 BATCHED = "query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "key_value_segment_ids"
 
 
@@ -90,8 +90,13 @@ def add_batch(x):
     return None if x is None else np.asarray(x)[None]
 
 
-def scores(q, k, bias, offset, *, scale=None, logits_soft_cap=None, alibi_slopes=None):
-    """soft_cap(scale * q.k) + alibi + bias in q's dtype, (B, N, T, S), of arrays heads first."""
+def scores(
+    q, k, bias, offset, *, scale=None, logits_soft_cap=None, alibi_slopes=None, score_mod=None
+):
+    """score_mod(soft_cap(scale * q.k) + alibi + bias) in q's dtype, (B, N, T, S), heads first.
+
+    score_mod: of operators alone, which NumPy has, too.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = np.matmul(q * q.dtype.type(scale), np.swapaxes(k, -1, -2))
     if logits_soft_cap is not None:
@@ -100,7 +105,10 @@ def scores(q, k, bias, offset, *, scale=None, logits_soft_cap=None, alibi_slopes
     if alibi_slopes is not None:
         t, j = positions(s.shape, offset)
         s = s - np.asarray(alibi_slopes, q.dtype)[:, None, None] * np.abs(t - j).astype(q.dtype)
-    return s if bias is None else s + np.asarray(bias, q.dtype)
+    s = s if bias is None else s + np.asarray(bias, q.dtype)
+    if score_mod is None:
+        return s
+    return score_mod(s, *np.ogrid[tuple(map(slice, s.shape))]).astype(q.dtype)
 
 
 def positions(shape, offset):

@@ -83,6 +83,19 @@ class LastKeysMask(Mask):
         return some, tile.keys.first >= tile.key_count - 1 - tile.queries.first
 
 
+def scored(x):
+    """By positions of the whole call, and by a table that every device has."""
+    x = dict(x)
+    table = x.pop("table")
+
+    def mod(score, b, h, q_index, k_index):
+        new = score * (1 + b / 8) + table[h % H, (q_index - k_index) % H]
+        return jnp.where((q_index * 3 + k_index) % 7 == 2, -jnp.inf, new)
+
+    return model(score_mod=mod, block_sizes=TILES)(x)
+
+
+SCORED = Path(scored, {"table": "HH"}, floats=("query", "key", "value", "table"))
 INT8 = Path(
     lambda x: flash_attention_int8_with_lse(**x, probability_dtype=np.float32, block_sizes=TILES),
     {"key_value_seq_lengths": "B"},
@@ -93,6 +106,7 @@ PATHS = {
     "dropout": DROPOUT,
     "INT8": INT8,
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
+    "score_mod": SCORED,
     "predicate": Path(model(mask=PredicateMask(predicate) | LastKeysMask())),
 }
 LONG = {"T": 128, "S": 128}  # a device's part is large enough for kernels
@@ -147,6 +161,9 @@ def cases():
         Case("plain", {"T": "m"}, "forward", mapped="d"),
         Case("plain", {"T": "m"}, mapped="d", **explicit),
         *(Case("plain", both, "scan", **kind) for kind in ({}, explicit)),
+        Case("score_mod", both),
+        Case("score_mod", across, **explicit),
+        Case("score_mod", across, "hvp"),
         *(Case("predicate", cuts, "forward", sizes=LONG) for cuts in (both, across)),
     ]
 

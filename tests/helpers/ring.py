@@ -126,6 +126,17 @@ def by_masks(attend, x):
     return attend(*qkv, mask=mask)
 
 
+def by_scores(attend, x):
+    """By positions of the whole sequences, and by a table that every device has."""
+    table = x["table"]
+
+    def mod(score, b, h, q_index, k_index):
+        new = score + jnp.tanh(table[h, (q_index - k_index) % 5])
+        return jnp.where((q_index + k_index) % 5 == 3, -jnp.inf, new)
+
+    return attend(x["query"], x["key"], x["value"], score_mod=mod)
+
+
 def mapped(attend, x):
     """Under vmap and remat, with keys that are shared, in a sum over which gradients meet."""
     call = lambda q: attend(q, x["key"], x["value"], is_causal=True)  # noqa: E731
@@ -163,6 +174,17 @@ CASES = {
         4, "contiguous", 1, 1, {"is_causal": True}, of_keys, ("query", "key", "bias")
     ),
     "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks),
+    "score_mod": Case(
+        2,
+        "zigzag",
+        6,
+        8,
+        {},
+        lambda rng, T, S: {"table": (floats(rng, N, 5), "N5")},
+        ("query", "key", "value", "table"),
+        ("primal", "tangent", "gradient"),
+        by_scores,
+    ),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
     "bfloat16": Case(
         4,

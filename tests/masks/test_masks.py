@@ -87,6 +87,25 @@ def predicate(T, S):
     return Case(PredicateMask(checkered), checkered(b, h, t, s), False)
 
 
+def told(T, S):
+    """A window by its own bounds of tiles."""
+    t, s = positions(T, S)
+    kept = lambda b, h, q_index, k_index: abs(q_index - k_index) <= 2  # noqa: E731
+
+    def bounds(b, h, q, k):
+        some = (k.first <= q.last + 2) & (k.last >= q.first - 2)
+        return some, (k.last <= q.first + 2) & (k.first >= q.last - 2)
+
+    return Case(PredicateMask(kept, bounds), abs(t - s) <= 2, True)
+
+
+def corners(T, S):
+    """It turns once along every axis, elsewhere in every batch element and head."""
+    b, h, t, s = np.ogrid[:B, :N, :T, :S]
+    kept = lambda b, h, q_index, k_index: k_index + b < 2 * q_index + h - 1  # noqa: E731
+    return Case(PredicateMask(kept, monotone=True), kept(b, h, t, s), True)
+
+
 def array(T, S, shape):
     full = (B, N, T, S)
     shape = tuple(n if axis in shape else 1 for axis, n in zip("BNTS", full, strict=True))
@@ -130,6 +149,8 @@ CASES = {
     "prefix": lambda T, S: prefix(T, S, 5),
     "prefix, (B,)": lambda T, S: prefix(T, S, np.array([0, 3])),
     "predicate": predicate,
+    "predicate, bounds": told,
+    "predicate, monotone": corners,
     "array (S,)": lambda T, S: array(T, S, "S"),
     "array (T, 1)": lambda T, S: array(T, S, "T"),
     "array (B, N, T, S)": lambda T, S: array(T, S, "BNTS"),

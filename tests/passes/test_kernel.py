@@ -8,6 +8,7 @@ from integers import grid_inputs, quantized
 from jax import numpy as jnp
 from options import OPTIONS, S, T, random_inputs
 from oracle import assert_within_bound, attention, error_bound, finite_error
+from score_mods import CATALOGUE
 
 from flash_jax import (
     flash_attention,
@@ -25,6 +26,7 @@ DTYPES = (np.float32, jnp.bfloat16)
 NAMES = (
     *("none", "mask", "bias of -inf", "causal per element", "window", "lengths", "segments"),
     *("negative scale", "parameters", "lengths and sinks", "everything"),
+    *("score mod", "score mod and others"),
 )
 
 
@@ -49,7 +51,10 @@ def test_attention_of_whole_rows_is_one_kernel(dtype):
 @pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize(
     "given",
-    [{}, {"is_causal": True}, {"logits_soft_cap": 3.0}, {"alibi_slopes": np.ones(4, np.float32)}],
+    [
+        *({}, {"is_causal": True}, {"logits_soft_cap": 3.0}),
+        *({"alibi_slopes": np.ones(4, np.float32)}, {"score_mod": lambda s, b, h, q, k: s + q - k}),
+    ],
 )
 def test_a_tile_is_one_kernel(given, monkeypatch):
     """Full tiles and partial ones; two more guess the shift, and look at the sums."""
@@ -183,6 +188,28 @@ def test_second_derivatives_are_those_of_the_exact_loop(tiles, rng, request):
     request.getfixturevalue("kernels")
     for x_, y in zip(product(), exact, strict=True):
         np.testing.assert_allclose(x_, y, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["jagged batch", "relative position bias"])
+def test_a_function_of_scores_is_in_the_kernel(name, rng, monkeypatch):
+    """Rows that its -inf empties are left to the exact loop; of these there are none."""
+    inputs = random_inputs(rng, B=2, T=21, S=27, N=4, K=2)
+    call, given = CATALOGUE[name](rng)
+    monkeypatch.setattr("flash_jax._passes.forward.forward_tile", _no_exact_loop)
+    exact, plain = (attention(*inputs, **given, dtype=x)[0] for x in (None, np.float32))
+    out = flash_attention(*inputs, **call, block_sizes=TILES)
+    assert finite_error(out, exact) <= error_bound(plain, exact, np.float32)
+
+
+@pytest.mark.parametrize("bend", [jax.nn.relu, jnp.tanh, lambda s: jnp.minimum(s, 1)])
+def test_a_visible_nan_goes_through_a_function_of_scores(bend, rng):
+    query, key, value = random_inputs(rng, B=1, T=128, S=256, N=4, K=4, H=16)
+    key[0, 5, 2, 0] = np.nan
+    mod = lambda score, b, h, q_index, k_index: bend(score)  # noqa: E731
+    out = flash_attention(query, key, value, score_mod=mod, block_sizes=(128, 128))
+    shown = np.isnan(out).any(axis=(0, 1, 3))
+    np.testing.assert_array_equal(shown, np.arange(4) == 2)
 
 
 # 8 bits

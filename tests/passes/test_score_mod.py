@@ -1,0 +1,335 @@
+"""Functions of scores: the catalogue, derivatives in what they capture, and what -inf hides."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from derivatives import floats, hessian_vector_product, jvp, weighed
+from gradient_oracle import attention_gradients
+from jax import numpy as jnp
+from options import int32, random_inputs
+from oracle import assert_within_bound, attention, kept_pairs
+from score_mods import CATALOGUE, B, N, S, T, bucket, h, s, t, t5
+
+from flash_jax import (
+    CausalMask,
+    KVCache,
+    PredicateMask,
+    attend,
+    flash_attention,
+    flash_attention_int8,
+    flash_attention_with_lse,
+)
+from flash_jax._api.attention import attention_of_floats
+
+SIZES = {"B": B, "T": T, "S": S, "N": N, "K": 2, "H": 5, "Hv": 3}
+TILES = (8, 5)
+
+# --- The catalogue
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_catalogue_agrees_with_its_formulas(name, rng):
+    inputs, (call, exact) = random_inputs(rng, **SIZES), CATALOGUE[name](rng)
+    right, plain = (attention(*inputs, **exact, dtype=x) for x in (None, np.float32))
+    results = flash_attention_with_lse(*inputs, **call, block_sizes=TILES)
+    assert_within_bound(results, right, plain, np.float32)
+
+
+def test_the_gradient_of_a_learned_table_is_the_sum_of_those_of_its_pairs(rng):
+    inputs, table = random_inputs(rng, **SIZES), floats(rng, N, 8)
+    d_out, d_lse = floats(rng, B, T, N, 3), floats(rng, B, N, T)
+
+    def call(table, query):
+        mods = {"score_mod": t5(table), "is_causal": True, "block_sizes": TILES}
+        return flash_attention_with_lse(query, *inputs[1:], **mods)
+
+    results = jax.vjp(call, table, inputs[0])[1]((d_out, d_lse))
+    bias = np.broadcast_to(table[h, bucket(t - s, np)], (1, N, T, S))
+    kept = kept_pairs((B, N, T, S), is_causal=True)
+    exact = attention_gradients(*inputs, d_out, d_lse, kept, bias=bias)
+    of_table = np.zeros(table.shape)
+    np.add.at(of_table, (h, bucket(t - s, np)), exact["bias"].exact)
+    np.testing.assert_allclose(results[0], of_table, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(results[1], exact["query"].exact, rtol=1e-4, atol=2e-5)
+
+
+# --- Derivatives of a function that bends scores, beside those of the formula in float64
+
+IDS = np.arange(S, dtype=np.int32) % 3
+
+
+def bent(x):
+    """It captures a table and weights that move, and integers; it masks, and bends what is left."""
+    table, weights, ids = map(jnp.asarray, (x["table"], x["weights"], IDS))
+
+    def fn(score, b, h, q_index, k_index):
+        slope = weights[ids[k_index]] * (1 + 0.1 * b)
+        new = jnp.tanh(slope * score) * 2 + jax.nn.softplus(table[h, q_index - k_index + S])
+        return jnp.where((q_index + 2 * k_index) % 5 == 0, -jnp.inf, new)
+
+    return fn
+
+
+def random_call(rng):
+    names = "query", "key", "value"
+    call = dict(zip(names, random_inputs(rng, **SIZES), strict=True))
+    return call | {"table": floats(rng, N, T + S), "weights": floats(rng, 3)}
+
+
+def options_of(rng):
+    """All others that change scores or mask them, with rows that read no key."""
+    bias = floats(rng, N, T, S)
+    bias[rng.random(bias.shape) < 0.2] = -np.inf
+    return {
+        "bias": bias,
+        "mask": rng.random((B, 1, T, S)) < 0.8,
+        "scale": 0.7,
+        "is_causal": True,
+        "query_offset": int32(-3, 9),
+        "query_seq_lengths": int32(T, T - 2),
+        "key_value_seq_lengths": int32(S - 1, S),
+        "logits_soft_cap": 1.7,
+        "alibi_slopes": floats(rng, N) / 8,
+        "sinks": floats(rng, N),
+    }
+
+
+def formula(x, kept, mod, options):
+    """Every score at once, in float64."""
+    q, k, v = (jnp.asarray(x[name]) for name in ("query", "key", "value"))
+    k, v = (jnp.repeat(y, N // 2, axis=2) for y in (k, v))
+    s = jnp.einsum("btnh,bsnh->bnts", q, k) * options.get("scale", 5**-0.5)
+    if "logits_soft_cap" in options:
+        s = options["logits_soft_cap"] * jnp.tanh(s / options["logits_soft_cap"])
+        offset = options["query_offset"][:, None, None, None]
+        s -= options["alibi_slopes"][:, None, None] * abs(np.arange(T)[:, None] + offset - t_)
+        s += np.where(kept, options["bias"], 0)
+    fn = mod(x)
+    mapped = jax.vmap(fn, (0, None, None, None, 0))
+    mapped = jax.vmap(mapped, (0, None, None, 0, None))
+    mapped = jax.vmap(jax.vmap(mapped, (0, None, 0, None, None)), (0, 0, None, None, None))
+    s = mapped(s, *map(np.arange, (B, N, T, S)))
+    s = jnp.where(kept, s, -jnp.inf)
+    sinks = jnp.asarray(options.get("sinks", np.full(N, -np.inf)))[:, None, None]
+    m = jax.lax.stop_gradient(jnp.maximum(jnp.max(s, axis=-1, keepdims=True), sinks))
+    m = jnp.where(jnp.isneginf(m), 0, m)
+    p = jnp.exp(s - m)
+    l = jnp.sum(p, axis=-1, keepdims=True) + jnp.exp(sinks - m)
+    out = jnp.einsum("bnts,bsnh->btnh", p / jnp.where(l == 0, 1, l), v)
+    return out, (m + jnp.log(jnp.where(l == 0, 1, l)))[..., 0]
+
+
+t_ = np.arange(S)
+
+
+def attention_of(x, options):
+    named = {name: x[name] for name in ("query", "key", "value")}
+    return flash_attention_with_lse(**named, score_mod=bent(x), **options, block_sizes=TILES)
+
+
+def gradient(f, x, dx, weights):
+    return jax.grad(weighed(f, weights))(x)
+
+
+@pytest.mark.parametrize(
+    ("derivative", "combined"),
+    [(gradient, False), (jvp, True), (hessian_vector_product, True)],
+    ids=["gradient", "jvp with every option", "hessian_vector_product with every option"],
+)
+def test_derivatives_are_those_of_the_formula(derivative, combined, rng):
+    x, options = random_call(rng), options_of(rng) if combined else {}
+    dx = {name: floats(rng, *y.shape) for name, y in x.items()}
+    weights = floats(rng, B, T, N, 3), floats(rng, B, N, T)
+    masking = {name: y for name, y in options.items() if name in MASKING}
+    kept = kept_pairs((B, N, T, S), options.get("bias"), **masking)
+    f = jax.jit(functools.partial(derivative, lambda x: attention_of(x, options)))
+    results = f(x, dx, weights)
+    with jax.enable_x64(True):
+        exact_of = lambda x: formula(x, kept, bent, as_float64(options))  # noqa: E731
+        wide = as_float64((x, dx, weights))
+        exact = jax.jit(functools.partial(derivative, exact_of))(*wide)
+    for x_, y in zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True):
+        size = max(1.0, float(np.max(np.abs(y))))
+        np.testing.assert_allclose(x_, y, rtol=0, atol=3e-5 * size)
+
+
+MASKING = (
+    *("mask", "is_causal", "query_offset"),
+    *("query_seq_lengths", "key_value_seq_lengths"),
+)
+
+
+def as_float64(tree):
+    wide = lambda x: x.astype(np.float64) if np.dtype(x.dtype).kind == "f" else x  # noqa: E731
+    return jax.tree.map(lambda x: wide(x) if hasattr(x, "dtype") else x, tree)
+
+
+# --- What -inf hides, and what a function may be
+
+
+@pytest.mark.parametrize("blocks", [TILES, None], ids=["tiles", "one tile"])
+def test_what_a_score_of_minus_infinity_hides_changes_nothing(blocks, rng):
+    """NaN behind it does not leak, in any pass, and a row without a key is zero."""
+    query, key, value = random_inputs(rng, **SIZES)
+    hidden = np.where((np.arange(S) % 4 == 1)[:, None, None], np.nan, value).astype(np.float32)
+
+    def mod(score, b, h, q_index, k_index):
+        return jnp.where((k_index % 4 == 1) | (q_index == 5), -jnp.inf, score * 1.5)
+
+    def call(value):
+        def loss(x):
+            call = {"score_mod": mod, "block_sizes": blocks}
+            out, lse = flash_attention_with_lse(*x, **call)
+            return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isinf(lse), 0, lse)), (out, lse)
+
+        return jax.value_and_grad(loss, has_aux=True)((query, key, value))
+
+    ((_, (out, lse)), grads), clean = jax.jit(call)(hidden), jax.jit(call)(value)
+    assert not np.any(out[:, 5])
+    assert np.isneginf(lse[:, :, 5]).all()
+    np.testing.assert_allclose(out, clean[0][1][0], rtol=1e-5, atol=1e-6)
+    for x, y in zip(grads, clean[1], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_function_that_computes_the_same_is_not_compiled_again(rng):
+    inputs = random_inputs(rng, **SIZES)
+
+    def call(table, factor=2.0):
+        mod = lambda s, b, h, q_index, k_index: s + factor * table[h] + IDS_[k_index]  # noqa: E731
+        return flash_attention(*inputs, score_mod=mod)
+
+    IDS_ = jnp.asarray(IDS)
+    tables = jnp.asarray(floats(rng, 3, N))
+    first, count = call(tables[0]), attention_of_floats._cache_size()  # pyright: ignore
+    others = [call(x) for x in tables[1:]]
+    assert attention_of_floats._cache_size() == count  # pyright: ignore
+    call(tables[0], 3.0)
+    assert attention_of_floats._cache_size() == count + 1  # pyright: ignore
+    assert not any(np.array_equal(first, x) for x in others)
+
+
+def test_one_function_with_a_rule_of_its_own_is_compiled_once(rng):
+    inputs = random_inputs(rng, **SIZES)
+    mod = lambda s, b, h, q_index, k_index: jax.nn.relu(s)  # noqa: E731
+    flash_attention(*inputs, score_mod=mod)
+    count = attention_of_floats._cache_size()  # pyright: ignore
+    flash_attention(*inputs, score_mod=mod)
+    assert attention_of_floats._cache_size() == count  # pyright: ignore
+
+
+def test_no_tracer_is_kept(rng):
+    query, key, value = random_inputs(rng, **SIZES)
+
+    def loss(table):
+        mod = lambda s, b, h, q_index, k_index: s + table[h]  # noqa: E731
+        return flash_attention(query, key, value, score_mod=mod).sum()
+
+    with jax.checking_leaks():
+        jax.jit(jax.grad(loss))(floats(rng, N))
+
+
+def test_vmap_maps_what_a_function_captures(rng):
+    x = random_call(rng)
+    tables, queries = floats(rng, 3, *x["table"].shape), floats(rng, 3, *x["query"].shape)
+
+    def loss(table, query):
+        return attention_of(x | {"table": table, "query": query}, {})[0].sum()
+
+    f = jax.grad(loss, argnums=(0, 1))
+    mapped = jax.jit(jax.vmap(f))(tables, queries)
+    looped = [jax.jit(f)(*pair) for pair in zip(tables, queries, strict=True)]
+    for i, y in enumerate(map(np.stack, zip(*looped, strict=True))):
+        np.testing.assert_allclose(mapped[i], y, rtol=1e-4, atol=1e-5)
+
+
+def test_through_scan_and_remat(rng):
+    x = random_call(rng)
+    tables = floats(rng, 2, *x["table"].shape)
+
+    def step(query, table):
+        out, _ = attention_of(x | {"query": query, "table": table}, {})
+        return query + jnp.pad(out, [(0, 0)] * 3 + [(0, 2)]), None
+
+    def scanned(tables):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(step), x["query"], tables)[0])
+
+    def looped(tables):
+        query = jnp.asarray(x["query"])
+        for table in tables:
+            query, _ = step(query, table)
+        return jnp.sum(query)
+
+    results = (jax.jit(jax.grad(f))(tables) for f in (scanned, looped))
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exported_call_takes_every_length(rng):
+    x = random_call(rng)
+    lengths = jax.export.symbolic_shape("t, s")
+    specs = [
+        jax.ShapeDtypeStruct((B, n, *x[name].shape[2:]), np.float32)
+        for name, n in zip(("query", "key", "value"), (lengths[0], *lengths[1:] * 2), strict=True)
+    ]
+    call = lambda query, key, value: flash_attention(query, key, value, score_mod=bent(x))  # noqa: E731
+    exported = jax.export.export(jax.jit(call))(*specs)
+    qkv = [x[name] for name in ("query", "key", "value")]
+    np.testing.assert_allclose(exported.call(*qkv), call(*qkv), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_disable_jit_and_float64_change_no_result(rng):
+    x = as_float64(random_call(rng))
+    kept = np.full((B, N, T, S), True)
+    exact, _ = formula(x, kept, bent, {})
+    out, _ = attention_of(x, {})
+    assert out.dtype == np.float64
+    np.testing.assert_allclose(out, exact, rtol=1e-12, atol=1e-13)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(attention_of(x, {})[0], out)
+
+
+# --- The other functions that have it
+
+
+def test_8_bits_give_its_function_the_whole_score(rng):
+    """Also the part that all keys share, which a softmax alone does not need."""
+    query, key, value = random_inputs(rng, **SIZES)
+    key += 2
+    bend = lambda s, b, h, q_index, k_index: 4 * jnp.tanh(s / 4)  # noqa: E731
+    exact, _ = attention(query, key, value, logits_soft_cap=4)
+    out = flash_attention_int8(query, key, value, score_mod=bend)
+    assert np.max(np.abs(out - exact)) < 0.05
+
+
+@pytest.mark.parametrize("tokens", [2, T])
+def test_a_cache_gives_the_indices_of_its_slots(tokens, rng):
+    x = random_call(rng)
+    query, key, value = x["query"][:, :tokens], x["key"], x["value"]
+    caches = {
+        dtype: KVCache.empty(B, S + 3, kv_heads=2, head_dim=5, value_dim=3, dtype=dtype)
+        for dtype in (np.float32, np.int8)
+    }
+    call = {"score_mod": bent(x), "is_causal": False, "query_offset": 0}
+    exact = flash_attention(query, key, value, score_mod=bent(x))
+    for dtype, cache in caches.items():
+        out = attend(query, cache.append(key, value), **call)
+        np.testing.assert_allclose(out, exact, atol=1e-5 if dtype == np.float32 else 0.1)
+
+
+# --- Bounds of predicates
+
+
+def test_a_predicate_tells_of_tiles_by_bounds_and_by_corners(rng):
+    query, key, value = random_inputs(rng, **SIZES)
+    causal = lambda b, h, q_index, k_index: k_index <= q_index  # noqa: E731
+    window = lambda b, h, q_index, k_index: k_index > q_index - 7  # noqa: E731
+    told = PredicateMask(causal, lambda b, h, q, k: (k.first <= q.last, k.last <= q.first))
+    corners = PredicateMask(causal, monotone=True) & PredicateMask(window, monotone=True)
+    call = {"block_sizes": TILES}
+    exact = flash_attention(query, key, value, is_causal=True, **call)
+    np.testing.assert_array_equal(flash_attention(query, key, value, mask=told, **call), exact)
+    exact = flash_attention(query, key, value, mask=CausalMask(), local_window_size=(6, 0), **call)
+    np.testing.assert_array_equal(flash_attention(query, key, value, mask=corners, **call), exact)
