@@ -152,11 +152,15 @@ def check_options(
     )
 
 
-def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Bound:
-    """Checks that options fit query (B, T, N, H) and key (B, S, K, H), and binds them to these."""
-    (B, T, N, H), S = query.shape, key.shape[1]
+def bind_options(arrays: Arrays, options: Options, query: Any, key: Any, devices: int = 1) -> Bound:
+    """Checks that options fit query (B, T, N, H) and key (B, S, K, H), and binds them to these.
+
+    Args:
+        devices: how many a ring has.
+    """
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     acc = accumulator(query.dtype)
-    arrays = arrays.bound(Sizes(B, N, T, S, options.batched), acc)
+    arrays = arrays.bound(Sizes(B, N, T, S, options.batched, K, devices), acc)
     scores = Scores(
         scale=jnp.full((1,), 1 / math.sqrt(H), acc) if arrays.scale is None else arrays.scale,
         mask=one_mask(arrays, options),

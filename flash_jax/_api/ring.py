@@ -130,7 +130,7 @@ def _attend(
     of_pairs = arrays
     if not isinstance(arrays.mask, Mask):
         arrays = arrays._replace(mask=None)
-    bound = bind_options(arrays._replace(bias=None), options, query, key)
+    bound = bind_options(arrays._replace(bias=None), options, query, key, ring.size)
     scores = _with_pairs(bound.scores, of_pairs, options, query, key, ring.size)
     q, k, v = (heads_first(x) for x in (_varying(query, ring), key, value))
     of_part = _part(query, 1, ring), _part(key, 1, ring)

@@ -172,9 +172,14 @@ def mask_type(cls: M) -> M:
         serialize_auxdata=lambda static: json.dumps(
             [_OPERATORS.get(x, x) for x in static]
         ).encode(),
-        deserialize_auxdata=lambda text: tuple(_NAMED.get(x, x) for x in json.loads(text)),
+        deserialize_auxdata=lambda text: tuple(map(_static, json.loads(text))),
     )
     return cls
+
+
+def _static(x: Any) -> Any:
+    """What is no array in a mask, from what JSON makes of it."""
+    return tuple(x) if isinstance(x, list) else _NAMED.get(x, x)
 
 
 @mask_type
