@@ -25,7 +25,7 @@ from .._checks.numbers import (
 )
 from .._checks.shapes import accumulator
 from .._machine.processor import Machine, machine
-from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem, kernel_blocks
+from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem, kernel_blocks, tiles_within
 from .._machine.tuned import best_blocks, tuned
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
@@ -136,6 +136,7 @@ class Bound(NamedTuple):
     blocks: BlockSizes  # of the exact loop
     kernel: BlockSizes  # of the kernels, where there are any
     problem: Problem  # what tiles depend on
+    given: BlockSizes | None  # tiles of the caller, or of a mask that is made of blocks
 
 
 def check_options(
@@ -173,7 +174,10 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any, devices
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
     problem = options.problem(query, key, scores.mask is not None)
-    return Bound(scores, arrays.sinks, dropout_key, *tiles(options.blocks, problem), problem)
+    given = options.blocks
+    if given is None and scores.mask is not None and scores.mask.blocks is not None:
+        given = tiles_within(scores.mask.blocks)
+    return Bound(scores, arrays.sinks, dropout_key, *tiles(given, problem), problem, given)
 
 
 def tiles(blocks: BlockSizes | None, problem: Problem | None) -> tuple[BlockSizes, BlockSizes]:

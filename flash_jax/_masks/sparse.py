@@ -21,7 +21,7 @@ from .._checks.bind import Sizes
 from .._checks.numbers import as_block_sizes, positive_integer
 from .._checks.tables import bind_table, check_lists, per_query_head
 from .._tiles.symbolic import as_int32, known
-from .._tiles.tile import QueryTile
+from .._tiles.tile import BlockSizes, QueryTile
 from .base import Mask, mask_type
 
 
@@ -98,10 +98,13 @@ class BlockSparseMask(Mask):
     def bind(self, sizes: Sizes) -> Mask:
         name = f"{type(self).__name__}.table"
         table = bind_table(name, self.table, self.block_sizes, sizes)
-        return BlockSparseMask(per_query_head(table, sizes), self.block_sizes)
+        indices = self.indices
+        if indices is not None:
+            indices = _of_key_heads(indices, sizes)
+        return BlockSparseMask(per_query_head(table, sizes), self.block_sizes, indices)
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        rows, first = _rows(self, tile)
+        rows, first = _table_rows(self, tile)
         s = tile.s(j) // np.int32(self.block_sizes[1])
         kept = _taken(rows, s)
         if rows.shape[2] == 1:
@@ -110,7 +113,7 @@ class BlockSparseMask(Mask):
         return jnp.take(kept, t, axis=2, mode="clip")
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        rows, _ = _rows(self, tile)
+        rows, _ = _table_rows(self, tile)
         some, every = jnp.any(rows, axis=2, keepdims=True), jnp.all(rows, axis=2, keepdims=True)
         size = np.int32(self.block_sizes[1])
         first, last = tile.keys.first // size, tile.keys.last // size
@@ -119,6 +122,24 @@ class BlockSparseMask(Mask):
         met = [jnp.minimum(first + np.int32(i), last) for i in range(count)]
         some, every = ([_taken(x, at) for at in met] for x in (some, every))
         return jnp.any(jnp.stack(some), axis=0), jnp.all(jnp.stack(every), axis=0)
+
+    @property
+    def blocks(self) -> BlockSizes:
+        return BlockSizes(*self.block_sizes)
+
+    def listed(self, tile: QueryTile) -> Array | None:
+        if self.indices is None:
+            return None
+        rows = _rows(self.indices, tile.heads, tile.head, self, tile)[0]
+        blocks, size = rows.reshape(rows.shape[0], -1, 1), np.int32(self.block_sizes[1])
+        origin = np.int32(0) if tile.origin is None or tile.origin.key is None else tile.origin.key
+        first, last = blocks * size - origin, (blocks + 1) * size - 1 - origin
+        w = np.int32(tile.kv.block)
+        aligned = isinstance(origin, np.int32)
+        count = most_met(self.block_sizes[1], tile.kv.block, aligned)
+        j = first // w + lax.iota(np.int32, count)
+        met = (blocks >= 0) & (j >= 0) & (j <= last // w) & (j < as_int32(tile.kv.count))
+        return jnp.where(met, j, np.int32(-1)).reshape(rows.shape[0], -1)
 
     def read_keys(self, T: int, S: int) -> Array:
         read = jnp.any(jnp.asarray(self.table), axis=(1, 2))
@@ -137,25 +158,30 @@ def most_met(extent: int, block: int, aligned: bool) -> int:
     return (extent + block - 2) // block + 1
 
 
-def _rows(mask: BlockSparseMask, tile: QueryTile) -> tuple[Array, Array]:
-    """The rows of the table that the tile's queries meet, (heads or 1, groups or 1, rows, blocks).
+def _table_rows(mask: BlockSparseMask, tile: QueryTile) -> tuple[Array, Array]:
+    """The table where the queries meet it, (heads or 1, groups or 1, rows, blocks); first row."""
+    table = jnp.asarray(mask.table)
+    rows, first = _rows(table, tile.heads * tile.groups, tile.head * tile.groups, mask, tile)
+    heads = (1, 1) if table.shape[1] == 1 else (tile.heads, tile.groups)
+    return rows.reshape(*heads, *rows.shape[1:]), first
 
-    And the index of the first of them. The last is repeated where fewer are met.
+
+def _rows(
+    x: Array, heads: int, head: Array, mask: BlockSparseMask, tile: QueryTile
+) -> tuple[Array, Array]:
+    """The rows of x (B or 1, heads or 1, T / block_q, n) that the tile's queries meet.
+
+    (heads or 1, rows, n), and the index of the first; the last is repeated where fewer are met.
     """
-    table, met = jnp.asarray(mask.table), rows_met(mask.block_sizes[0], tile)
-    _, N, rows, blocks = table.shape
-    count, zero = (N if N == 1 else tile.heads * tile.groups), np.int32(0)
+    met, zero, (_, N, rows, n) = rows_met(mask.block_sizes[0], tile), np.int32(0), x.shape
     size = min(met.count, rows) if known(rows) else rows
     start = jnp.minimum(met.first, as_int32(rows - size)) if known(rows) else zero
-    first = zero if N == 1 else tile.head * tile.groups
-    at = tile.entry_of(table), first, start, zero
-    part = lax.dynamic_slice(table, at, (1, count, size, blocks))[0]
+    at = tile.entry_of(x), zero if N == 1 else head, start, zero
+    part = lax.dynamic_slice(x, at, (1, 1 if N == 1 else heads, size, n))[0]
     if met.count != 1 or not known(rows):
-        wanted = met.first + lax.iota(np.int32, met.count)
-        wanted = jnp.minimum(wanted, met.last) - start
+        wanted = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last) - start
         part = jnp.take(part, wanted, axis=1, mode="clip")
-    heads = (1, 1) if N == 1 else (tile.heads, tile.groups)
-    return part.reshape(*heads, *part.shape[1:]), met.first
+    return part, met.first
 
 
 class RowsMet(NamedTuple):
@@ -186,3 +212,10 @@ def _table(lists: Array, key_blocks: int) -> Array:
     table = jnp.zeros((*lists.shape[:-1], key_blocks + 1), bool)
     lists = jnp.where(lists < 0, np.int32(key_blocks), lists)
     return jnp.put_along_axis(table, lists, True, axis=-1, inplace=False)[..., :-1]
+
+
+def _of_key_heads(lists: Array, sizes: Sizes) -> Array | None:
+    """lists (..., rows, M) with an axis of instances and one of key/value heads; None if none fit."""
+    lists = lists.reshape((1,) * (4 - lists.ndim) + lists.shape)
+    heads = lists.shape[1]
+    return lists if heads == 1 or sizes.K is None or heads == sizes.K else None
