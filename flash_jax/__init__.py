@@ -23,6 +23,9 @@ from ._api.patch import patch_jax_nn as patch_jax_nn
 from ._api.reference import reference_attention as reference_attention
 from ._api.ring import ring_attention as ring_attention
 from ._api.ring import ring_attention_with_lse as ring_attention_with_lse
+from ._api.sparse import block_scores as block_scores
+from ._api.sparse import choose_blocks as choose_blocks
+from ._api.sparse import sparse_prefill as sparse_prefill
 from ._api.tune import tune as tune
 from ._api.zigzag import from_zigzag as from_zigzag
 from ._api.zigzag import to_zigzag as to_zigzag
@@ -38,6 +41,7 @@ from ._masks.positions import PredicateMask as PredicateMask
 from ._masks.positions import PrefixMask as PrefixMask
 from ._masks.positions import WindowMask as WindowMask
 from ._masks.segments import SegmentMask as SegmentMask
+from ._masks.sparse import BlockSparseMask as BlockSparseMask
 from ._masks.view import BlockSchedule as BlockSchedule
 from ._masks.view import block_schedule as block_schedule
 from ._tiles.tile import BlockSizes as BlockSizes

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
-from .._tiles.load import take_tile
+from .._tiles.load import take_tile, take_tiles_at
 from .._tiles.symbolic import largest
 from .._tiles.tile import Origin, QueryTile
 from . import online_softmax as online
@@ -166,10 +166,14 @@ def q_tile(plan: Plan, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
 def kv_tile(
     plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype, pages: Array | None = None
 ) -> Array:
-    """(heads, block_kv, H) of key tile j of x, laid out as keys, or in pages."""
+    """(heads, width, H) of key tile j of x, laid out as keys, or in pages."""
     if pages is not None:
         return tile_in_pages(tile, x, pages, j).astype(dtype)
-    start, entry = tile.kv.start(j), tile.entry_of(x)
+    start, entry = tile.starts(j), tile.entry_of(x)
+    if tile.wide is not None:
+        heads = jnp.broadcast_to(tile.key_heads[:, None], start.shape)
+        taken = take_tiles_at(plan.kv_layout, x, entry, heads, start, tile.kv.block)
+        return taken.reshape(tile.heads, tile.width, x.shape[-1]).astype(dtype)
     taken = take_tile(plan.kv_layout, x, entry, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
 
@@ -182,9 +186,12 @@ def query_rows(tile: QueryTile, x: Array) -> Array:
 
 
 def key_columns(tile: QueryTile, x: Array, j: Array, pages: Array | None = None) -> Array:
-    """(heads, block_kv) of key tile j of x (B, K, S), or in pages."""
+    """(heads, width) of key tile j of x (B, K, S), or in pages."""
     if pages is not None:
         return tile_in_pages(tile, x[..., None], pages, j)[..., 0]
+    if tile.wide is not None:
+        row = lax.dynamic_slice_in_dim(tile.of_instance(x), tile.head, tile.heads)
+        return tile.of_keys_by_head(row, j)
     start = (tile.entry_of(x), tile.head, tile.kv.start(j))
     return lax.dynamic_slice(x, start, (1, tile.heads, tile.kv.block))[0]
 

@@ -15,13 +15,19 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._masks.schedule import visits
+from .._masks.base import Mask
+from .._masks.schedule import visits, visits_of_heads
 from .._tiles.symbolic import as_int32, known
 from .._tiles.tile import Axis, QueryTile
 from .operands import Dimensions, Operands, varying_as
 from .plan import Plan
 
 C = TypeVar("C")
+
+# Where each head visits key tiles of its own: some small tiles make one large product. More heads
+# in a step are faster, until they wait for the one that keeps the most.
+VISITED_KEYS = 512
+HEADS_PER_CORE = 4
 
 
 def over_query_tiles(
@@ -42,10 +48,14 @@ def over_query_tiles(
     """
     dims, whole = Dimensions.of(operands, plan), whole_tile(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
-    groups = whole.groups
-    heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
+    # The tiles of pages are those of all heads.
+    wide = tiles_per_visit(operands.scores.mask, kv) if operands.pages is None else None
+    groups, width = whole.groups, kv.block * (wide or 1)
+    heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * width * copies)
+    if wide is not None:
+        heads = _divisor(dims.K, min(heads, HEADS_PER_CORE * plan.cores))
     together = 1
-    if several and known(dims.instances) and heads == dims.K:
+    if several and known(dims.instances) and heads == dims.K and wide is None:
         scores, keys = dims.N * q.block * kv.block, dims.K * kv.block * (dims.H + dims.Hv)
         if plan.step_numbers is not None and (kv.count == 1 or operands.scores.alike):
             numbers = keys + dims.N * q.block * (dims.H + dims.Hv)
@@ -66,6 +76,7 @@ def over_query_tiles(
             heads=heads,
             i=i,
             together=together,
+            wide=wide,
         )
         return step(tile, carry)
 
@@ -112,6 +123,8 @@ def over_key_tiles(
     """
     scores = operands.scores
     carry = varying_as(operands, carry)
+    if tile.wide is not None:
+        return _over_tiles_of_heads(operands, tile, step, carry, fused)
     if tile.kv.count == 1:
         return step(not scores.always_full(tile.kv, fused))(jnp.int32(0), carry)
     if scores.always_full(tile.kv, fused):
@@ -127,8 +140,42 @@ def over_key_tiles(
     return _loop(full, end, at(True), carry)
 
 
+def _over_tiles_of_heads(
+    operands: Operands,
+    tile: QueryTile,
+    step: Callable[[bool], Callable[[Array, C], C]],
+    carry: C,
+    fused: bool,
+) -> C:
+    """As ``over_key_tiles``, where every head visits tiles of its own, ``tile.wide`` at once.
+
+    As long as all heads have that many full tiles, no mask is needed. What is left of these joins
+    the partial ones, and with a visit that is not filled up, so do tiles that are none.
+    """
+    scores, wide = operands.scores, tile.wide
+    assert scores.mask is not None
+    assert wide is not None
+    order, full, end = visits_of_heads(scores.mask, tile)
+
+    def at(masked: bool) -> Callable[[Array, C], C]:
+        visit = step(masked)
+        return lambda x, carry: visit(lax.dynamic_slice_in_dim(order, x * wide, wide, 1), carry)
+
+    filled = np.int32(0)
+    if not scores.always_partial(fused):
+        filled = jnp.min(full) // np.int32(wide)
+        carry = _loop(np.int32(0), filled, at(False), carry)
+    return _loop(filled, (jnp.max(end) + np.int32(wide - 1)) // np.int32(wide), at(True), carry)
+
+
 def first_visited(operands: Operands, tile: QueryTile) -> Array:
-    """The key tile that ``over_key_tiles`` of kernels comes to first."""
+    """The key tile that ``over_key_tiles`` of kernels comes to first.
+
+    (heads, 1) where each head has its own.
+    """
+    if tile.wide is not None:
+        assert operands.scores.mask is not None
+        return visits_of_heads(operands.scores.mask, tile).order[:, :1]
     if tile.kv.count == 1 or operands.scores.always_full(tile.kv, True):
         return jnp.int32(0)
     return visits(operands.scores.schedule_row(tile, True)).order[0]
@@ -147,6 +194,17 @@ def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry
 def over(count: Array, step: Callable[[Array, C], C], carry: C) -> C:
     """Folds step(i, carry) over 0..count-1, as the walk does."""
     return _loop(np.int32(0), count, step, carry)
+
+
+def tiles_per_visit(mask: Mask | None, kv: Axis) -> int | None:
+    """How many key tiles a visit takes where each head has its own; None: all share them.
+
+    A mask of blocks has them, unless all keys are one tile.
+    """
+    if mask is None or mask.blocks is None or (known(kv.count) and kv.count == 1):
+        return None
+    count = max(1, VISITED_KEYS // kv.block)
+    return min(count, kv.count) if known(kv.count) else count
 
 
 def heads_per_step(step_scores: int, heads: int, scores: int) -> int:

@@ -19,6 +19,7 @@ from unoptimized import run
 
 import flash_jax
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     LengthMask,
     PredicateMask,
@@ -137,6 +138,13 @@ def by_scores(attend, x):
     return attend(x["query"], x["key"], x["value"], score_mod=mod)
 
 
+def by_blocks(attend, x):
+    """The table is of the whole sequences, and blocks of it lie on two devices."""
+    table = np.random.default_rng(5).random((N, 3, 6)) < 0.6
+    qkv = (x[name] for name in ("query", "key", "value"))
+    return attend(*qkv, mask=BlockSparseMask(table, (5, 3)), is_causal=True)
+
+
 def mapped(attend, x):
     """Under vmap and remat, with keys that are shared, in a sum over which gradients meet."""
     call = lambda q: attend(q, x["key"], x["value"], is_causal=True)  # noqa: E731
@@ -185,6 +193,7 @@ CASES = {
         ("primal", "tangent", "gradient"),
         by_scores,
     ),
+    "blocks": Case(2, "zigzag", 6, 8, {}, call=by_blocks),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
     "bfloat16": Case(
         4,

@@ -1,0 +1,1 @@
+"""Which blocks of scores are worth computing: chosen from the data."""
