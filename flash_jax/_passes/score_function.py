@@ -98,7 +98,7 @@ class ScoreFunction:
     def on_tile(
         self, tile: QueryTile, j: Array, floats: tuple[Array | None, ...], s: Array, fused: bool
     ) -> Array:
-        """What the scores s (heads, rows, block_kv) of key tile j become.
+        """What the scores s (heads, rows, width) of key tile j become.
 
         Args:
             floats: the captured floats of the tile's instance.
@@ -108,15 +108,17 @@ class ScoreFunction:
         captured: list[Any] = [next(of_floats if own else others) for own in self.differentiable]
         run = self.program.as_one_kernel if fused else self.program
         b, h = tile.element_index, tile.n[:, :, 0, 0]
-        q, k = tile.t.reshape(-1), tile.s(j).reshape(-1)
+        q, k, own = tile.t.reshape(-1), tile.s(j)[:, 0, 0], tile.wide is not None
 
         def of_scalars(s: Array, h: Array, q: Array, k: Array) -> Array:
             return run(captured, s, b, h, q, k)
 
         mapped = jax.vmap(of_scalars, (0, None, None, 0))
         mapped = jax.vmap(mapped, (0, None, 0, None))
-        mapped = jax.vmap(jax.vmap(mapped, (0, 0, None, None)), (0, 0, None, None))
-        return mapped(s.reshape(tile.shape()), h, q, k).reshape(s.shape).astype(s.dtype)
+        mapped = jax.vmap(mapped, (0, 0, None, None))
+        mapped = jax.vmap(mapped, (0, 0, None, 0 if own else None))  # keys of a head, or of all
+        new = mapped(s.reshape(tile.shape()), h, q, k if own else k[0])
+        return new.reshape(s.shape).astype(s.dtype)
 
 
 def score_function(name: str, fn: Any, dtype: np.dtype) -> ScoreFunction | None:
