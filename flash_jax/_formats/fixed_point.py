@@ -44,7 +44,7 @@ class Multiplier(NamedTuple):
         """floor(x * mantissa / 2^30), for int32 x of at most 2^30."""
         a, b = x >> 15, x & 0x7FFF
         c, d = self.mantissa >> 15, self.mantissa & 0x7FFF
-        # Each product is below 2^30, and the sum below 2^31.
+        # Each product is at most 2^30, and the sum below 2^31.
         return a * c + ((a * d + b * c + ((b * d) >> 15)) >> 15)
 
 

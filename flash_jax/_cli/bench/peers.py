@@ -93,15 +93,8 @@ def _onnx_step(
     last = (x[:, -1:].reshape(case.B, 1, -1) for x in inputs)
     arrays = dict(zip("qkv", last, strict=False))
     past = dict(zip(("past_k", "past_v"), cache, strict=True))
-    feeds = (
-        arrays
-        | past
-        | {
-            "last": np.full((case.B,), case.S - 1, np.int32),
-            "total": np.array(case.S, np.int32),
-            **scales,
-        }
-    )
+    counts = {"last": np.full((case.B,), case.S - 1, np.int32), "total": np.array(case.S, np.int32)}
+    feeds = arrays | past | counts | scales
     # Between them come inputs that are not given: rotations, positions, a bias and sinks.
     names = [*list(feeds)[:7], *([""] * 5 if scales else []), *scales]
     outputs = ["out", "present_k", "present_v"]
