@@ -12,8 +12,8 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params  # pyright: ignore
 from jax.sharding import AbstractMesh, Sharding, use_abstract_mesh
 
-# What XLA's library has, elementwise, of one dtype of floats (``kernel``). Not max and min: of NaN
-# and a number its maximum may be the number (0.12), and a NaN must not be lost.
+# What XLA's library has, elementwise, of one dtype of floats (``kernel``). Not max and min: of a
+# NaN and a number its maximum may be the number (0.12), and a NaN must not be lost.
 _ELEMENTWISE = {
     *("add", "sub", "mul", "div", "neg", "abs", "floor", "ceil"),
     *("exp", "expm1", "log", "log1p", "tanh", "logistic", "erf", "sqrt", "rsqrt", "pow"),

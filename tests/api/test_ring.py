@@ -14,9 +14,9 @@ from flash_jax._api.zigzag import needed_rounds
 
 CASES = (
     ("causal", "one device", "lengths", "dropout", "vmap"),
-    ("parameters", "window", "windows", "broadcast dropout", "score_mod"),
+    ("parameters", "window", "windows", "broadcast dropout"),
     ("pairs", "keys"),
-    ("one position", "masks", "bfloat16", "nothing"),
+    ("one position", "masks", "score_mod", "bfloat16", "nothing"),
 )
 
 
