@@ -28,8 +28,8 @@ _MOST_COLUMNS = 64
 # Of one kernel per tile: rows of a task, keys that it takes at the most, bytes of all tasks.
 _TASK_ROWS = 512
 _TASK_KEYS = 4096
-_SCORED_KEYS = 2048
 _FEWEST_TASKS = 8
+_SCORED_KEYS = 2048
 _FEWEST_QUERIES = 128
 _SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
@@ -133,6 +133,13 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     tasks = math.ceil(max(_FEWEST_TASKS, 2 * machine.cores) / problem.heads) * (1 if whole else 2)
     block_q = max(_FEWEST_QUERIES, min(_MAX_BLOCK_Q, _TASK_ROWS * tasks) // problem.groups)
     return BlockSizes(_even(T, block_q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
+
+
+def tiles_within(blocks: BlockSizes) -> BlockSizes:
+    """The tiles for a mask that is made of blocks: its blocks, or equal parts of large ones."""
+    return BlockSizes(
+        *(_even(block, _TASK_ROWS) if block > _TASK_ROWS else block for block in blocks)
+    )
 
 
 def _even(length: int, block: int) -> int:

@@ -16,7 +16,7 @@ CASES = (
     ("causal", "one device", "lengths", "dropout", "vmap"),
     ("parameters", "window", "windows", "broadcast dropout"),
     ("pairs", "keys"),
-    ("one position", "masks", "score_mod", "bfloat16", "nothing"),
+    ("one position", "masks", "blocks", "score_mod", "bfloat16", "nothing"),
 )
 
 

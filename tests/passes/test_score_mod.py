@@ -13,6 +13,7 @@ from oracle import assert_within_bound, attention, kept_pairs
 from score_mods import CATALOGUE, B, N, S, T, bucket, h, s, t, t5
 
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     KVCache,
     PredicateMask,
@@ -53,6 +54,20 @@ def test_the_gradient_of_a_learned_table_is_the_sum_of_those_of_its_pairs(rng):
     np.add.at(of_table, (h, bucket(t - s, np)), exact["bias"].exact)
     np.testing.assert_allclose(results[0], of_table, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(results[1], exact["query"].exact, rtol=1e-4, atol=2e-5)
+
+
+def test_each_head_may_visit_blocks_of_its_own(rng):
+    """A function is told of the keys that its head visits, not of those of another one."""
+    inputs, bias = random_inputs(rng, **SIZES), floats(rng, N, 7)
+    table = rng.random((N, -(-T // 4), -(-S // 5))) < 0.5
+    kept = np.repeat(np.repeat(table, 4, axis=1), 5, axis=2)[None, :, :T, :S]
+    values = bias[h, (t + s) % 7]
+    right, plain = (attention(*inputs, values, kept, dtype=x) for x in (None, np.float32))
+    mod = lambda score, b, h, q, k: score + jnp.asarray(bias)[h, (q + k) % 7]  # noqa: E731
+    results = flash_attention_with_lse(
+        *inputs, mask=BlockSparseMask(table, (4, 5)), score_mod=mod, block_sizes=(4, 5)
+    )
+    assert_within_bound(results, right, plain, np.float32)
 
 
 # --- Derivatives of a function that bends scores, beside those of the formula in float64
