@@ -1,0 +1,1 @@
+"""Sparse attention: which tiles are worth reading, chosen from the data."""
