@@ -86,7 +86,7 @@ def mincut_mask(
 
     Example:
         >>> affinity = np.kron(np.eye(2), np.ones((3, 3))) + 0.1
-        >>> mask = mincut_mask(affinity, 24, 4, density=0.7)
+        >>> mask = mincut_mask(affinity, 24, 4, density=0.72)
         >>> block_rows = mask.to_array(24, 24)[3::4, ::4]
         >>> print(block_rows.astype(int))
         [[1 0 0 0 0 0]
