@@ -35,6 +35,7 @@ from ._masks.positions import PredicateMask as PredicateMask
 from ._masks.positions import PrefixMask as PrefixMask
 from ._masks.positions import WindowMask as WindowMask
 from ._masks.segments import SegmentMask as SegmentMask
+from ._masks.sparse import BlockSparseMask as BlockSparseMask
 from ._masks.view import BlockSchedule as BlockSchedule
 from ._masks.view import block_schedule as block_schedule
 from ._tiles.tile import BlockSizes as BlockSizes

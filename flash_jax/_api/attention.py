@@ -190,7 +190,7 @@ def _attend(
         options.broadcast_dropout,
         bound.kernel,
         options.lse,
-        PartOf(options.machine, query.dtype, query.shape[-1], options.blocks, bound.problem),
+        PartOf(options.machine, query.dtype, query.shape[-1], bound.given, bound.problem),
     )
     if plan.kv_layout is Layout.HEADS_FIRST:
         key, value = heads_first(key), heads_first(value)

@@ -225,7 +225,7 @@ def _in_integers(
         options.probabilities,
         bound.kernel,
         options.lse,
-        PartOf(options.machine, q.dtype, q.shape[-1], options.blocks, bound.problem),
+        PartOf(options.machine, q.dtype, q.shape[-1], bound.given, bound.problem),
     )
     out, lse = attention(operands, plan)
     if later is not None and lse is not None:

@@ -25,7 +25,7 @@ from .._checks.numbers import (
 )
 from .._checks.shapes import accumulator
 from .._machine.processor import Machine, machine
-from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem, kernel_blocks
+from .._machine.tile_rule import SYMBOLIC_LENGTH, Problem, kernel_blocks, tiles_within
 from .._machine.tuned import best_blocks, tuned
 from .._masks.arrays import ArrayMask
 from .._masks.base import Mask
@@ -136,6 +136,7 @@ class Bound(NamedTuple):
     blocks: BlockSizes  # of the exact loop
     kernel: BlockSizes  # of the kernels, where there are any
     problem: Problem  # what tiles depend on
+    given: BlockSizes | None  # tiles of the caller, or of a mask that is made of blocks
 
 
 def check_options(
@@ -152,11 +153,15 @@ def check_options(
     )
 
 
-def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Bound:
-    """Checks that options fit query (B, T, N, H) and key (B, S, K, H), and binds them to these."""
-    (B, T, N, H), S = query.shape, key.shape[1]
+def bind_options(arrays: Arrays, options: Options, query: Any, key: Any, devices: int = 1) -> Bound:
+    """Checks that options fit query (B, T, N, H) and key (B, S, K, H), and binds them to these.
+
+    Args:
+        devices: how many a ring has.
+    """
+    (B, T, N, H), (S, K) = query.shape, key.shape[1:3]
     acc = accumulator(query.dtype)
-    arrays = arrays.bound(Sizes(B, N, T, S, options.batched), acc)
+    arrays = arrays.bound(Sizes(B, N, T, S, options.batched, K, devices), acc)
     scores = Scores(
         scale=jnp.full((1,), 1 / math.sqrt(H), acc) if arrays.scale is None else arrays.scale,
         mask=one_mask(arrays, options),
@@ -169,7 +174,10 @@ def bind_options(arrays: Arrays, options: Options, query: Any, key: Any) -> Boun
     if options.dropout_rate and arrays.dropout_rng is not None:
         dropout_key = bind_key(arrays.dropout_rng, 1 if options.broadcast_dropout else B)
     problem = options.problem(query, key, scores.mask is not None)
-    return Bound(scores, arrays.sinks, dropout_key, *tiles(options.blocks, problem), problem)
+    given = options.blocks
+    if given is None and scores.mask is not None and scores.mask.blocks is not None:
+        given = tiles_within(scores.mask.blocks)
+    return Bound(scores, arrays.sinks, dropout_key, *tiles(given, problem), problem, given)
 
 
 def tiles(blocks: BlockSizes | None, problem: Problem | None) -> tuple[BlockSizes, BlockSizes]:

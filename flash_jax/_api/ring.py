@@ -130,11 +130,11 @@ def _attend(
     of_pairs = arrays
     if not isinstance(arrays.mask, Mask):
         arrays = arrays._replace(mask=None)
-    bound = bind_options(arrays._replace(bias=None), options, query, key)
+    bound = bind_options(arrays._replace(bias=None), options, query, key, ring.size)
     scores = _with_pairs(bound.scores, of_pairs, options, query, key, ring.size)
     q, k, v = (heads_first(x) for x in (_varying(query, ring), key, value))
     of_part = _part(query, 1, ring), _part(key, 1, ring)
-    blocks, kernel = tiles(options.blocks, options.problem(*of_part, scores.mask is not None))
+    blocks, kernel = tiles(bound.given, options.problem(*of_part, scores.mask is not None))
     plan = plan_floats(
         _part(q, 2, ring),
         _part(k, 2, ring),

@@ -19,6 +19,8 @@ class Sizes(NamedTuple):
     T: int | None = None
     S: int | None = None
     batched: bool = True  # False: the call has no batch axis
+    K: int | None = None
+    devices: int = 1  # of a ring, each of which has T queries and S keys
 
 
 def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
@@ -27,7 +29,7 @@ def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
     Scalars are positions: they become int32, clipped to where no sequence reaches, so that two of
     them add up without overflow. Others are ids, and keep their dtype.
     """
-    x = _with_batch_axis(name, _of_kind(name, x, "integers", np.integer), axes, sizes)
+    x = _with_batch_axis(name, of_kind(name, x, "integers", np.integer), axes, sizes)
     if axes:
         return x
     info = jnp.iinfo(x.dtype)
@@ -39,15 +41,15 @@ def bind_integers(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
 def bind_reals(name: str, x: Any, axes: str, sizes: Sizes) -> Array:
     """Real numbers of shape ``axes`` or (B, *axes), as an array whose first axis is B or 1."""
     if axes:
-        x = _of_kind(name, x, "floats", jnp.floating)
+        x = of_kind(name, x, "floats", jnp.floating)
     return _with_batch_axis(
-        name, _of_kind(name, x, "real numbers", (np.integer, jnp.floating)), axes, sizes
+        name, of_kind(name, x, "real numbers", (np.integer, jnp.floating)), axes, sizes
     )
 
 
 def bind_scores(name: str, x: Any, spelled: str, kind: type, sizes: Sizes) -> Array:
     """x, broadcastable to (B, N, T, S), with all four axes; each has its full size or 1."""
-    x = _of_kind(name, x, spelled, kind)
+    x = of_kind(name, x, spelled, kind)
     full = (sizes.B, sizes.N, sizes.T, sizes.S)
     shape = (1,) * (4 - x.ndim) + x.shape
     if len(shape) != 4 or not all(
@@ -77,7 +79,7 @@ def _spelled(axes: str) -> str:
     return f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
 
 
-def _of_kind(name: str, x: Any, spelled: str, kinds: type | tuple[type, ...]) -> Array:
+def of_kind(name: str, x: Any, spelled: str, kinds: type | tuple[type, ...]) -> Array:
     """x as an array whose dtype is of one of the kinds, which errors call ``spelled``."""
     if x is None or isinstance(x, str):
         raise TypeError(f"{name} must be {spelled}; it is {x!r}")

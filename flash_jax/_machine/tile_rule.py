@@ -128,6 +128,11 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     return BlockSizes(_even(T, block_q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
 
 
+def tiles_within(blocks: BlockSizes) -> BlockSizes:
+    """The tiles for a mask that is made of blocks: its blocks, or equal parts of large ones."""
+    return BlockSizes(*(_even(block, _TASK_ROWS) if block > _TASK_ROWS else block for block in blocks))
+
+
 def _even(length: int, block: int) -> int:
     """The shortest tile, in whole vectors of 16, that needs no more tiles than ``block`` does."""
     count = max(1, math.ceil(length / block))

@@ -31,7 +31,8 @@ class ArrayMask(Mask):
         some, every = jnp.any(rows, axis=2, keepdims=True), jnp.all(rows, axis=2, keepdims=True)
         if rows.shape[3] == 1:
             return some, every
-        return jnp.any(tile.in_key_tiles(some), -1), jnp.all(tile.in_key_tiles(every), -1)
+        some, every = jnp.any(tile.in_key_tiles(some), -1), jnp.all(tile.in_key_tiles(every), -1)
+        return tile.of_listed(some), tile.of_listed(every)
 
     def read_keys(self, T: int, S: int) -> Array:
         read = jnp.any(self.kept, axis=(1, 2))

@@ -26,7 +26,7 @@ from jax import numpy as jnp
 from .._checks.bind import Sizes, bind_integers
 from .._checks.numbers import as_option, check_integers, natural_number, positive_integer
 from .._tiles.symbolic import pad_axes
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.tile import Axis, BlockSizes, QueryTile
 
 M = TypeVar("M", bound=type)
 
@@ -107,6 +107,18 @@ class Mask:
         """
         raise NotImplementedError
 
+    @property
+    def blocks(self) -> BlockSizes | None:
+        """The tiles that suit the mask, where it is made of blocks; None: others do as well."""
+        return None
+
+    def listed(self, tile: QueryTile) -> Array | None:
+        """(heads or 1, n) int32: the key tiles in which a key/value head may keep some pair.
+
+        -1 for none; in any order, and a tile may be there twice. None: it may be any tile.
+        """
+        return None
+
     def read_keys(self, T: int, S: int) -> Array:
         """Which keys some query may read: bool (B or 1, S), False only where none does."""
         return jnp.full((1, S), True)
@@ -172,9 +184,14 @@ def mask_type(cls: M) -> M:
         serialize_auxdata=lambda static: json.dumps(
             [_OPERATORS.get(x, x) for x in static]
         ).encode(),
-        deserialize_auxdata=lambda text: tuple(_NAMED.get(x, x) for x in json.loads(text)),
+        deserialize_auxdata=lambda text: tuple(map(_static, json.loads(text))),
     )
     return cls
+
+
+def _static(x: Any) -> Any:
+    """What is no array in a mask, from what JSON makes of it."""
+    return tuple(x) if isinstance(x, list) else _NAMED.get(x, x)
 
 
 @mask_type
@@ -195,6 +212,20 @@ class CombinedMask(Mask):
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
         (some, every), (some_b, every_b) = self.a.tiles(tile), self.b.tiles(tile)
         return self.op(some, some_b), self.op(every, every_b)
+
+    @property
+    def blocks(self) -> BlockSizes | None:
+        return self.a.blocks or self.b.blocks
+
+    def listed(self, tile: QueryTile) -> Array | None:
+        a, b = self.a.listed(tile), self.b.listed(tile)
+        if self.op is operator.and_:
+            return b if a is None else a
+        if a is None or b is None:
+            return None
+        heads = max(a.shape[0], b.shape[0])
+        both = (jnp.broadcast_to(x, (heads, x.shape[1])) for x in (a, b))
+        return jnp.concatenate([*both], axis=1)
 
     def read_keys(self, T: int, S: int) -> Array:
         return self.op(self.a.read_keys(T, S), self.b.read_keys(T, S))

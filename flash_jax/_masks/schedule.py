@@ -4,7 +4,8 @@ The mask makes a tile of (block_q, block_kv) pairs
     full     every pair is kept: no mask work
     partial  the mask is applied inside the tile
     skipped  no pair is kept: neither loaded nor multiplied
-A row of the schedule is computed when its tile of queries is reached, so memory stays O(T + S).
+A row of the schedule is computed when its tile of queries is reached, so memory stays O(T + S). A
+mask may list the tiles that it may keep (``Mask.listed``): the row is then computed of these alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 
 from .._tiles.tile import Axis, QueryTile
@@ -49,6 +50,43 @@ def visits(row: Array) -> Visits:
     order = jnp.argsort(-row, stable=True).astype(np.int32)
     full = jnp.sum(row == FULL, dtype=np.int32)
     return Visits(order, full, full + jnp.sum(row == PARTIAL, dtype=np.int32))
+
+
+class HeadVisits(NamedTuple):
+    """The key tiles that each head visits: order[n, :full[n]] are full, up to end[n] partial."""
+
+    order: Array  # (heads, a multiple of tile.wide) int32, -1 behind end
+    full: Array  # (heads,)
+    end: Array  # (heads,)
+
+
+def visits_of_heads(mask: Mask, tile: QueryTile) -> HeadVisits:
+    """The row of the schedule of each key/value head, of the tiles that the mask lists."""
+    assert tile.wide is not None
+    j = mask.listed(tile)
+    if j is None:
+        j = lax.iota(np.int32, tile.kv.count)[None]
+    else:
+        j = _once(j)
+    j = jnp.broadcast_to(j, (tile.heads, j.shape[1]))
+    some, every = mask.tiles(tile._replace(listed=j[:, None, None]))
+    shape = (tile.heads, tile.groups, 1, j.shape[1])
+    some = jnp.any(jnp.broadcast_to(some, shape), axis=(1, 2)) & (j >= 0)
+    complete = tile._replace(listed=j[:, None, None]).complete
+    every = jnp.all(jnp.broadcast_to(every & complete, shape), axis=(1, 2))
+    kind = jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
+    kind, order = lax.sort((-kind, jnp.where(some, j, -1)), dimension=1, num_keys=1)
+    missing = -j.shape[1] % tile.wide
+    order = jnp.pad(order, [(0, 0), (0, missing)], constant_values=-1)
+    full = jnp.sum(kind == -FULL, axis=1, dtype=np.int32)
+    return HeadVisits(order, full, full + jnp.sum(kind == -PARTIAL, axis=1, dtype=np.int32))
+
+
+def _once(j: Array) -> Array:
+    """Key tiles (heads, n) in order, with -1 for those that have been there before."""
+    j = jnp.sort(j, axis=1)
+    again = jnp.pad(j[:, 1:] == j[:, :-1], [(0, 0), (1, 0)])
+    return jnp.where(again, np.int32(-1), j)
 
 
 def keep_tile(mask: Mask | None, tile: QueryTile, j: Array) -> Array:

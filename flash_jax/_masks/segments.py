@@ -49,7 +49,8 @@ class SegmentMask(Mask):
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
         q = tile.of_queries(self.q_ids)
         kv = tile.in_key_tiles(tile.of_instance(self.kv_ids).reshape(1, 1, 1, -1))
-        q_low, q_high, low, high = jnp.min(q), jnp.max(q), jnp.min(kv, -1), jnp.max(kv, -1)
+        q_low, q_high = jnp.min(q), jnp.max(q)
+        low, high = tile.of_listed(jnp.min(kv, -1)), tile.of_listed(jnp.max(kv, -1))
         some = (low <= q_high) & (q_low <= high)
         return some, some & (low == high) & (q_low == q_high)
 

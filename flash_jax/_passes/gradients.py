@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from .._tiles.xla import apart
 from .operands import Differentiable, Dimensions, Operands
 from .plan import Plan
 from .scores import Local
+from .walk import over
 
 
 def gradient_shapes(
@@ -69,7 +71,9 @@ class Gradients:
         return Gradients(sums, self.plan)
 
     def add_keys(self, name: str, tile: QueryTile, j: Array, x: Array) -> Gradients:
-        """Adds x (heads, H, block_kv) at key tile j."""
+        """Adds x (heads, H, width) at key tile j."""
+        if tile.wide is not None:
+            return self._add_by_head(name, tile, j, x[:, None], lambda n: (n, np.int32(0)))
         return self._add(name, tile, (tile.head, jnp.int32(0), tile.kv.start(j)), x[None])
 
     def add_queries(self, name: str, tile: QueryTile, x: Array) -> Gradients:
@@ -99,13 +103,37 @@ class Gradients:
         gradients = gradients.add_heads("alibi_slopes", tile, local.alibi_slopes)
         if "bias" not in self.sums or local.bias is None:
             return gradients
-        starts = (tile.head * tile.groups, tile.q.start(tile.i), tile.kv.start(j))
-        starts = tuple(
-            jnp.where(size == 1, 0, start)
-            for size, start in zip(self.sums["bias"].shape[1:], starts, strict=True)
-        )
-        x = local.bias.reshape(1, -1, *local.bias.shape[2:])
-        return gradients._add("bias", tile, starts, x.astype(self.sums["bias"].dtype))
+        _, N, T, S = self.sums["bias"].shape
+        x = local.bias.astype(self.sums["bias"].dtype)
+        t = jnp.where(T == 1, 0, tile.q.start(tile.i))
+        if tile.wide is not None and S != 1:
+            at = lambda n: (jnp.where(N == 1, 0, n * tile.groups), t)  # noqa: E731
+            return gradients._add_by_head("bias", tile, j, x, at)
+        n = jnp.where(N == 1, 0, tile.head * tile.groups)
+        s = jnp.where(S == 1, 0, tile.starts(j)) if tile.wide is None else np.int32(0)
+        return gradients._add("bias", tile, (n, t, s), x.reshape(1, -1, *x.shape[2:]))
+
+    def _add_by_head(
+        self, name: str, tile: QueryTile, j: Array, x: Array, at: Callable[[Array], tuple]
+    ) -> Gradients:
+        """Adds x (heads, n, rows, width), whose key tiles each head has of its own.
+
+        Args:
+            at: where n and rows begin, of a key/value head.
+        """
+        if name not in self.sums:
+            return self
+        starts, (_, n, rows, _), size = tile.starts(j).reshape(-1), x.shape, tile.kv.block
+        wide = np.int32(starts.size // tile.heads)
+
+        def add(i: Array, sums: Array) -> Array:
+            head, g = i // wide, i % wide
+            part = lax.dynamic_slice(x, (head, 0, 0, g * size), (1, n, rows, size))
+            place = tile.entry_of(sums), *at(tile.head + head), starts[i]
+            old = lax.dynamic_slice(sums, place, part.shape)
+            return lax.dynamic_update_slice(sums, old + part, place)
+
+        return self._replace(name, over(np.int32(starts.size), add, self.sums[name]))
 
     def _add(self, name: str, tile: QueryTile, start: tuple[Any, ...], x: Array) -> Gradients:
         """Adds x to the part of a sum that begins at start in the tile's instance."""

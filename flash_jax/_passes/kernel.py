@@ -112,7 +112,9 @@ def _beside(v: Array, number: int) -> Array:
 def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     """The largest logit of each row among the first keys that the tile visits, (heads, rows)."""
     count = min(_FIRST, max(_ONES, tile.kv.block // 8))
-    part = tile._replace(kv=Axis.of(tile.kv.length, count))
+    part = tile._replace(
+        kv=Axis.of(tile.kv.length, count), wide=None if tile.wide is None else 1
+    )
     j = first_visited(operands, tile) * tile.kv.block // count
     products = plan.format.products(operands, plan, part, True)
     kept = None if operands.scores.always_full(tile.kv) else operands.scores.kept(part, j)

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
-from .._tiles.load import take_tile
+from .._tiles.load import slice_tile, take_tile
 from .._tiles.symbolic import largest
 from .._tiles.tile import Origin, QueryTile
 from . import online_softmax as online
@@ -130,8 +130,12 @@ def q_tile(plan: Plan, tile: QueryTile, x: Array, dtype: np.dtype) -> Array:
 
 
 def kv_tile(plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) -> Array:
-    """(heads, block_kv, H) of key tile j of x, laid out as keys."""
-    start, entry = tile.kv.start(j), tile.entry_of(x)
+    """(heads, width, H) of key tile j of x, laid out as keys."""
+    start, entry = tile.starts(j), tile.entry_of(x)
+    if tile.wide is not None:
+        of_one = lambda n, s: slice_tile(plan.kv_layout, x, entry, n, 1, s, tile.kv.block)  # noqa: E731
+        taken = jax.vmap(jax.vmap(of_one, (None, 0)))(tile.key_heads, start)
+        return taken.reshape(tile.heads, tile.width, x.shape[-1]).astype(dtype)
     taken = take_tile(plan.kv_layout, x, entry, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)
 
@@ -144,7 +148,10 @@ def query_rows(tile: QueryTile, x: Array) -> Array:
 
 
 def key_columns(tile: QueryTile, x: Array, j: Array) -> Array:
-    """(heads, block_kv) of key tile j of x (B, K, S)."""
+    """(heads, width) of key tile j of x (B, K, S)."""
+    if tile.wide is not None:
+        row = lax.dynamic_slice_in_dim(tile.of_instance(x), tile.head, tile.heads)
+        return tile.of_keys_by_head(row, j)
     start = (tile.entry_of(x), tile.head, tile.kv.start(j))
     return lax.dynamic_slice(x, start, (1, tile.heads, tile.kv.block))[0]
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._masks.schedule import visits
+from .._masks.schedule import visits, visits_of_heads
 from .._tiles.symbolic import as_int32, known
 from .._tiles.tile import Axis, QueryTile
 from .operands import Dimensions, Operands, varying_as
@@ -42,10 +42,14 @@ def over_query_tiles(
     """
     dims, whole = Dimensions.of(operands, plan), whole_tile(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
-    groups = whole.groups
-    heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * kv.block * copies)
+    groups, mask, wide = whole.groups, operands.scores.mask, None
+    if mask is not None and mask.blocks is not None and kv.count != 1:
+        wide = tiles_per_visit(kv)
+    width = kv.block * (wide or 1)
+    heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * width * copies)
+    if wide: heads = int(__import__('os').environ.get('FH','1')) if dims.K % int(__import__('os').environ.get('FH','1'))==0 else 1
     together = 1
-    if several and known(dims.instances) and heads == dims.K:
+    if several and known(dims.instances) and heads == dims.K and wide is None:
         scores, keys = dims.N * q.block * kv.block, dims.K * kv.block * (dims.H + dims.Hv)
         if plan.step_numbers is not None and (kv.count == 1 or operands.scores.alike):
             numbers = keys + dims.N * q.block * (dims.H + dims.Hv)
@@ -66,6 +70,7 @@ def over_query_tiles(
             heads=heads,
             i=i,
             together=together,
+            wide=wide,
         )
         return step(tile, carry)
 
@@ -105,6 +110,8 @@ def over_key_tiles(
     """
     scores = operands.scores
     carry = varying_as(operands, carry)
+    if tile.wide is not None:
+        return _over_tiles_of_heads(operands, tile, step, carry)
     if tile.kv.count == 1:
         return step(not scores.always_full(tile.kv))(jnp.int32(0), carry)
     if scores.always_full(tile.kv):
@@ -120,8 +127,34 @@ def over_key_tiles(
     return _loop(full, end, at(True), carry)
 
 
+def _over_tiles_of_heads(
+    operands: Operands, tile: QueryTile, step: Callable[[bool], Callable[[Array, C], C]], carry: C
+) -> C:
+    """As ``over_key_tiles``, where every head visits tiles of its own, ``tile.wide`` at once.
+
+    As long as all heads have that many full tiles, no mask is needed. What is left of these joins
+    the partial ones, and with a visit that is not filled up, so do tiles that are none.
+    """
+    scores, wide = operands.scores, tile.wide
+    assert scores.mask is not None and wide is not None
+    order, full, end = visits_of_heads(scores.mask, tile)
+
+    def at(masked: bool) -> Callable[[Array, C], C]:
+        visit = step(masked)
+        return lambda x, carry: visit(lax.dynamic_slice_in_dim(order, x * wide, wide, 1), carry)
+
+    filled = np.int32(0)
+    if not scores.always_partial:
+        filled = jnp.min(full) // np.int32(wide)
+        carry = _loop(np.int32(0), filled, at(False), carry)
+    return _loop(filled, (jnp.max(end) + np.int32(wide - 1)) // np.int32(wide), at(True), carry)
+
+
 def first_visited(operands: Operands, tile: QueryTile) -> Array:
-    """The key tile that ``over_key_tiles`` comes to first."""
+    """The key tile that ``over_key_tiles`` comes to first; (heads, 1) where each has its own."""
+    if tile.wide is not None:
+        assert operands.scores.mask is not None
+        return visits_of_heads(operands.scores.mask, tile).order[:, :1]
     if tile.kv.count == 1 or operands.scores.always_full(tile.kv):
         return jnp.int32(0)
     return visits(operands.scores.schedule_row(tile)).order[0]
@@ -140,6 +173,12 @@ def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry
 def over(count: Array, step: Callable[[Array, C], C], carry: C) -> C:
     """Folds step(i, carry) over 0..count-1, as the walk does."""
     return _loop(np.int32(0), count, step, carry)
+
+
+def tiles_per_visit(kv: Axis) -> int:
+    """How many key tiles a visit takes where heads have their own: some ``_VISITED`` keys."""
+    count = max(1, int(__import__('os').environ.get('FV','512')) // kv.block)
+    return min(count, kv.count) if known(kv.count) else count
 
 
 def heads_per_step(step_scores: int, heads: int, scores: int) -> int:

@@ -23,6 +23,8 @@ from .symbolic import as_int32, known
 A = TypeVar("A")
 R = TypeVar("R")
 
+_BEYOND = 2**31 - 1  # every position
+
 
 class Range(NamedTuple):
     """Positions first..last, both included."""
@@ -107,6 +109,11 @@ class QueryTile(NamedTuple):
         origin: of the part of a call that a device has. All that lies in arrays is counted from
             there; ``element_index``, ``n``, ``t``, ``s``, ``queries``, ``keys`` and ``key_count``
             are of the call.
+        wide: how many key tiles a visit takes at once, each key/value head its own; None: one,
+            which all heads share. If it is given, a "key tile j" is int32 (heads, wide) of them,
+            -1 for none.
+        listed: (heads, 1, 1, n) int32, the key tiles that ``keys`` and ``complete`` are of; None:
+            all of them.
     """
 
     q: Axis
@@ -121,6 +128,8 @@ class QueryTile(NamedTuple):
     i: Array
     together: int = 1
     origin: Origin | None = None
+    wide: int | None = None
+    listed: Array | None = None
 
     @property
     def element_index(self) -> Array:
@@ -135,15 +144,19 @@ class QueryTile(NamedTuple):
         return n.reshape(self.heads, self.groups, 1, 1)
 
     @property
+    def key_heads(self) -> Array:
+        """(heads,): key/value heads, as they lie in arrays."""
+        return self.head + lax.iota(np.int32, self.heads)
+
+    @property
     def t(self) -> Array:
         """(1, 1, block_q, 1): queries."""
         first = self._of_call("query", self.q.start(self.i))
         return (first + lax.iota(np.int32, self.q.block)).reshape(1, 1, -1, 1)
 
     def s(self, j: Array) -> Array:
-        """(1, 1, 1, block_kv): keys of key tile j."""
-        first = self._of_call("key", self.kv.start(j))
-        return (first + lax.iota(np.int32, self.kv.block)).reshape(1, 1, 1, -1)
+        """(heads or 1, 1, 1, width): keys of key tile j."""
+        return self._of_call("key", self._places(j))
 
     @property
     def queries(self) -> Range:
@@ -153,7 +166,7 @@ class QueryTile(NamedTuple):
 
     @property
     def keys(self) -> Range:
-        """(1, 1, 1, key tiles): first and last own key of every key tile."""
+        """(heads or 1, 1, 1, key tiles): first and last own key of every key tile."""
         first, last = self.kv.own(self._key_tiles)
         return Range(self._of_call("key", first), self._of_call("key", last))
 
@@ -170,19 +183,33 @@ class QueryTile(NamedTuple):
         return (start >= self.i * self.q.block).reshape(1, 1, -1, 1)
 
     def own_keys(self, j: Array) -> Array:
-        """(1, 1, 1, block_kv): whether no tile before key tile j has the key."""
-        start = self.kv.start(j) + lax.iota(np.int32, self.kv.block)
-        return (start >= j * self.kv.block).reshape(1, 1, 1, -1)
+        """(heads or 1, 1, 1, width): whether key tile j is one, and no tile before has the key."""
+        if self.wide is None:
+            return self._places(j) >= j * self.kv.block
+        first = jnp.where(j < 0, np.int32(_BEYOND), j * self.kv.block)
+        first = jnp.repeat(first, self.kv.block, axis=1, total_repeat_length=self.width)
+        return self._places(j) >= first.reshape(self.heads, 1, 1, -1)
 
     @property
     def complete(self) -> Array:
-        """(1, 1, 1, key tiles): whether all keys of the tile are its own."""
+        """(heads or 1, 1, 1, key tiles): whether all keys of the tile are its own."""
         j = self._key_tiles
         return self.kv.own(j).first == self.kv.start(j)
 
     @property
     def _key_tiles(self) -> Array:
+        if self.listed is not None:
+            return self.listed
         return lax.iota(np.int32, self.kv.count).reshape(1, 1, 1, -1)
+
+    def starts(self, j: Array) -> Array:
+        """Where key tile j begins in arrays, of the shape of j; 0 for none."""
+        return self.kv.start(j if self.wide is None else jnp.maximum(j, 0))
+
+    def _places(self, j: Array) -> Array:
+        """(heads or 1, 1, 1, width): where the keys of key tile j lie in arrays."""
+        places = self.starts(j)[..., None] + lax.iota(np.int32, self.kv.block)
+        return places.reshape(1 if self.wide is None else self.heads, 1, 1, -1)
 
     def _of_call(self, axis: str, index: Array) -> Array:
         """An index into the part of a call that is here, as one into the call."""
@@ -191,7 +218,12 @@ class QueryTile(NamedTuple):
 
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of the scores of one key tile."""
-        return self.heads, self.groups, self.q.block, self.kv.block
+        return self.heads, self.groups, self.q.block, self.width
+
+    @property
+    def width(self) -> int:
+        """Columns of scores of one key tile."""
+        return self.kv.block * (1 if self.wide is None else self.wide)
 
     @property
     def rows(self) -> int:
@@ -199,8 +231,8 @@ class QueryTile(NamedTuple):
         return self.groups * self.q.block
 
     def as_rows(self, x: Array, width: int | None = None) -> Array:
-        """x, which broadcasts to ``shape()``, as (heads, rows, width); width: default block_kv."""
-        x = jnp.broadcast_to(x, (*self.shape()[:3], self.kv.block if width is None else width))
+        """x, which broadcasts to ``shape()``, as (heads, rows, width); width: default that."""
+        x = jnp.broadcast_to(x, (*self.shape()[:3], self.width if width is None else width))
         return x.reshape(self.heads, self.rows, -1)
 
     def plus(self, s: Array, x: Array) -> Array:
@@ -256,15 +288,23 @@ class QueryTile(NamedTuple):
         return x.reshape(1, 1, -1, 1)
 
     def of_keys(self, x: Any, j: Array) -> Array:
-        """(1, 1, 1, block_kv) of x (B or 1, S), for key tile j."""
+        """(heads or 1, 1, 1, width) of x (B or 1, S), for key tile j."""
+        if self.wide is not None:
+            return jnp.take(self.of_instance(x), self._places(j), mode="clip")
         x = lax.dynamic_slice_in_dim(self.of_instance(x), self.kv.start(j), self.kv.block)
         return x.reshape(1, 1, 1, -1)
+
+    def of_keys_by_head(self, x: Array, j: Array) -> Array:
+        """(heads, width) of x (heads, S), for the key tiles j of each head."""
+        return jnp.take_along_axis(x, self._places(j)[:, 0, 0], axis=1, mode="clip")
 
     def of_scores(self, x: Any, j: Array | None = None) -> Array:
         """The part of x (B or 1, N or 1, T or 1, S or 1) for key tile j, or for all keys.
 
-        (heads, groups, block_q, block_kv or S), with 1 where x has 1.
+        (heads, groups, block_q, width or S), with 1 where x has 1.
         """
+        if self.wide is not None and j is not None and x.shape[3] != 1:
+            return jnp.take_along_axis(self.of_scores(x), self._places(j), axis=3, mode="clip")
         x = self.of_instance(x)
         parts = [
             (self.head * self.groups, self.heads * self.groups),
@@ -282,3 +322,9 @@ class QueryTile(NamedTuple):
         missing = self.kv.count * self.kv.block - self.kv.length
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge")
         return x.reshape(*x.shape[:-1], self.kv.count, self.kv.block)
+
+    def of_listed(self, x: Array) -> Array:
+        """The part of x (heads or 1, groups or 1, 1, key tiles) for the tiles that are listed."""
+        if self.listed is None:
+            return x
+        return jnp.take_along_axis(x, self.listed, axis=3, mode="clip")
