@@ -143,7 +143,9 @@ def _walk_back(sums: Array, at: Array, count: Array) -> MincutParts:
         return begin, begin
 
     ks = lax.iota(np.int32, at.shape[0]) + 2
-    _, boundaries = lax.scan(step, np.int32(n) + 0 * count, ks, reverse=True)
+    boundaries = ks  # none of one part
+    if at.shape[0]:
+        _, boundaries = lax.scan(step, np.int32(n) + 0 * count, ks, reverse=True)
     blocks = lax.iota(np.int32, n)
     labels = jnp.sum(blocks[:, None] >= boundaries[None], axis=1, dtype=np.int32)
     total = sums[boundaries, n]

@@ -88,6 +88,8 @@ class MincutSignal(NamedTuple):
         most: float = 0.9,
     ) -> Array:
         """(...): from ``least`` where the cut is ``low`` up to ``most`` where it is ``high``."""
+        if not low < high:
+            raise ValueError(f"low must be below high; they are {low} and {high}")
         share = jnp.clip((self.cut_value - low) / (high - low), 0, 1)
         return least + share * (most - least)
 
