@@ -43,8 +43,8 @@ def block_affinity(
         block_size: positions per block; the last block may be shorter.
         kernel: of the means q_i and k_i of blocks,
 
-            - ``"cosine"``: the positive part of the mean of cos(q_i, q_j) and cos(k_i, k_j), less the
-              means over all blocks: are the blocks of one kind? For ``mincut_parts``.
+            - ``"cosine"``: the positive part of the mean of cos(q_i, q_j) and cos(k_i, k_j), less
+              the means over all blocks: are the blocks of one kind? For ``mincut_parts``.
             - ``"softmax"``: softmax over j of scale * q_i . k_j: does block i read block j? For
               landmarks.
             - ``"exp"``: exp(scale * q_i . k_j), relative to the largest of a head.
@@ -53,8 +53,8 @@ def block_affinity(
         per_head: whether each key/value head has its own; else they are of all heads.
 
     Returns:
-        float32 (B, 1, n, n), or (B, K, n, n) if ``per_head``, n = T / block_size rounded up; without
-        B where query has none. Entries are >= 0.
+        float32 (B, 1, n, n), or (B, K, n, n) if ``per_head``, n = T / block_size rounded up;
+        without B where query has none. Entries are >= 0.
 
     Raises:
         ValueError: shapes or dtypes disagree, the kernel is not known, or an option is given to

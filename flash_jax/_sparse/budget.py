@@ -17,8 +17,8 @@ def keep_best(rank: Array, budget: Array) -> Array:
 
     Args:
         rank: float32 (..., T / block, S / block), >= 0; 0: never kept.
-        budget: int32 (...), how many to keep. Fewer are where fewer ranks are > 0. Of equal ranks the
-            last rows come first, and in a row the last columns.
+        budget: int32 (...), how many to keep. Fewer are where fewer ranks are > 0. Of equal ranks
+            the last rows come first, and in a row the last columns.
     """
     bits = lax.bitcast_convert_type(rank, np.int32)
     budget = jnp.asarray(budget, np.int32)[..., None, None]

@@ -7,7 +7,8 @@ parts. One cut is made in two steps:
 1. Seeds. The second eigenvector of the normalised affinity orders the blocks; a quarter of them at
    either end is the safest. It is the relaxation of the minimum normalised cut [1].
 2. The minimum cut between the two seeds, exactly: a maximum flow, by ``scipy.sparse.csgraph``. All
-   other blocks fall on the side on which less affinity is cut. Improving a cut by flow is due to [2].
+   other blocks fall on the side on which less affinity is cut. Improving a cut by flow is due to
+   [2].
 
 Without seeds the minimum cut of a graph of blocks nearly always cuts off a single block.
 
@@ -51,8 +52,8 @@ def mincut_labels(affinity: ArrayLike, parts: int = 2) -> np.ndarray:
         int32 (n,), the part of each block, counted from 0 in the order in which they begin.
 
     Raises:
-        ValueError: affinity is not (n, n), or has a negative or infinite entry or a NaN; parts is not
-            in 1..n.
+        ValueError: affinity is not (n, n), or has a negative or infinite entry or a NaN; parts is
+            not in 1..n.
         TypeError: affinity is traced, or holds no floats; parts is no integer.
         ImportError: SciPy is missing, which the extra ``sparse`` has.
 
@@ -65,17 +66,15 @@ def mincut_labels(affinity: ArrayLike, parts: int = 2) -> np.ndarray:
     parts = positive_integer("parts", parts)
     if parts > len(w):
         raise ValueError(f"parts must be at most n = {len(w)}, the number of blocks; it is {parts}")
-    done = [np.arange(len(w))]
-    splits = [_split(w, done[0])]
-    while len(done) < parts:
-        best = min((i for i, x in enumerate(splits) if x), key=lambda i: splits[i].cut)  # pyright: ignore
-        split = splits[best]
-        assert split is not None
-        done[best], splits[best] = split.one, _split(w, split.one)
-        done.append(split.other)
-        splits.append(_split(w, split.other))
+    whole, splits = [np.arange(len(w))], [_split(w, np.arange(len(w)))]
+    while len(whole) < parts:
+        best = int(np.argmin([split.cut for split in splits]))
+        for blocks in (splits[best].one, splits[best].other):
+            whole.append(blocks)
+            splits.append(_split(w, blocks))
+        del whole[best], splits[best]
     labels = np.zeros(len(w), np.int32)
-    for label, blocks in enumerate(sorted(done, key=min)):
+    for label, blocks in enumerate(sorted(whole, key=min)):
         labels[blocks] = label
     return labels
 
@@ -99,10 +98,10 @@ def _checked(affinity: Any) -> np.ndarray:
     return (x + x.T) / 2
 
 
-def _split(w: np.ndarray, blocks: np.ndarray) -> _Split | None:
-    """The part of these blocks in two; None where it is one block."""
+def _split(w: np.ndarray, blocks: np.ndarray) -> _Split:
+    """The part of these blocks in two; one block cannot be cut."""
     if len(blocks) == 1:
-        return None
+        return _Split(np.inf, blocks, blocks[:0])
     part = w[np.ix_(blocks, blocks)]
     order = _spectral_order(part)
     seeds = max(1, len(blocks) // 4)
@@ -125,8 +124,8 @@ def _spectral_order(w: np.ndarray) -> np.ndarray:
 def minimum_cut(w: np.ndarray, sources: np.ndarray, sinks: np.ndarray) -> np.ndarray:
     """Which nodes lie with the sources in a minimum cut of w (n, n) from the sinks: bool (n,).
 
-    Affinities become integers, of which 2**30 are the sum of all; so the cut is that of w to n^2 / 2
-    parts in 2**30.
+    Affinities become integers, of which 2**30 are the sum of all; so the cut is that of w to
+    n^2 / 2 parts in 2**30.
     """
     try:
         from scipy.sparse import csr_array

@@ -1,14 +1,15 @@
 """Parts of a sequence, by minimum normalised cut.
 
-A sequence of n blocks is a graph: blocks i and j are joined by their affinity w_ij >= 0. Consecutive
-blocks a..b-1 are a part with
+A sequence of n blocks is a graph: blocks i and j are joined by their affinity w_ij >= 0.
+Consecutive blocks a..b-1 are a part with
 
     vol(a, b) = the affinity of its blocks to all,   cut(a, b) = that to blocks outside it,
 
-and k parts have the normalised cut  sum cut / vol  over the parts. It is 0 where nothing joins them,
-and k - 1 where the affinity has no structure, all w_ij being equal. Two-dimensional cumulative sums
-give every cut and volume at once, so the cost of all n^2 / 2 parts takes O(n^2). The cheapest k parts
-that make up the sequence follow by dynamic programming, exactly, for every k up to a limit:
+and k parts have the normalised cut  sum cut / vol  over the parts. It is 0 where nothing joins
+them, and k - 1 where the affinity has no structure, all w_ij being equal. Two-dimensional
+cumulative sums give every cut and volume at once, so the cost of all n^2 / 2 parts takes O(n^2).
+The cheapest k parts that make up the sequence follow by dynamic programming, exactly, for every k
+up to a limit:
 
     best_k(b) = min over a < b of best_{k-1}(a) + cut(a, b) / vol(a, b)
 
@@ -42,8 +43,13 @@ class MincutParts(NamedTuple):
         boundaries: (..., max_parts - 1) int32, the first block of part 1, of part 2 and so on; n
             where there is no such part.
         valid: (..., max_parts - 1) bool, whether there is such a part.
-        cuts: (..., max_parts - 1) float32, the cut at each boundary: the affinity between all blocks
-            before it and all from it on; 0 where there is none.
+        cuts: (..., max_parts - 1) float32, the cut at each boundary: the affinity between all
+            blocks before it and all from it on; 0 where there is none.
+
+    Example:
+        >>> parts = mincut_parts(np.kron(np.eye(2), np.ones((3, 3))) + 0.1, max_parts=3)
+        >>> parts.boundaries.tolist(), parts.valid.tolist()
+        ([3, 6], [True, False])
     """
 
     labels: Array
@@ -59,9 +65,9 @@ def mincut_parts(
     """Cuts a sequence of blocks into parts that have little to do with one another.
 
     Of all ways to cut n blocks into k parts, this is the one with the smallest normalised cut. A
-    further part is taken as long as it adds less than ``threshold`` to that; where an affinity has no
-    structure, each part adds 1. O(max_parts n^2), one program for all values, batched over leading
-    axes.
+    further part is taken as long as it adds less than ``threshold`` to that; where an affinity has
+    no structure, each part adds 1. O(max_parts n^2), one program for all values, batched over
+    leading axes.
 
     Args:
         affinity: floats (..., n, n), >= 0: how much block i has to do with block j. It is
@@ -75,8 +81,8 @@ def mincut_parts(
         ``MincutParts``. They have no derivative.
 
     Raises:
-        ValueError: affinity is not (..., n, n), n > 0, or has a negative or infinite entry or a NaN;
-            a number is not positive.
+        ValueError: affinity is not (..., n, n), n > 0, or has a negative or infinite entry or a
+            NaN; a number is not positive.
         TypeError: affinity holds no floats; max_parts or min_blocks is no integer.
 
     Example:
@@ -109,9 +115,7 @@ def _parts(affinity: Array, max_parts: int, min_blocks: int, threshold: float) -
     return over_leading_axes(one, 2)(affinity)
 
 
-def _of_one(
-    affinity: Array, *, max_parts: int, min_blocks: int, threshold: float
-) -> MincutParts:
+def _of_one(affinity: Array, *, max_parts: int, min_blocks: int, threshold: float) -> MincutParts:
     """The parts of one affinity (n, n)."""
     n = affinity.shape[0]
     sums = cumulative(affinity)

@@ -2,8 +2,8 @@
 
 A sequence falls into parts with little between them. A query reads the keys of its own part, and of
 other parts those near a boundary, where one part passes on to the next: the landmarks. How many
-tiles that may be is a density, which the value of the cut gives, or the caller. It is honoured: tiles
-are kept in this order until there are as many,
+tiles that may be is a density, which the value of the cut gives, or the caller. It is honoured:
+tiles are kept in this order until there are as many,
 
     1. the first tile of each row and those on the diagonal, whatever the density;
     2. tiles of one part, those nearest to the diagonal first;
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from .._checks.bind import of_kind
@@ -27,6 +28,7 @@ from .._checks.numbers import as_reals, as_scale, check_bool, natural_number, po
 from .._masks.base import Mask
 from .._masks.positions import CausalMask
 from .._masks.sparse import BlockSparseMask
+from .affinity import block_affinity
 from .budget import keep_best
 from .mincut import MincutParts, as_affinity, mincut_parts
 from .signal import MincutSignal, as_labels, next_to_boundary, same_part
@@ -53,8 +55,8 @@ def mincut_mask(
 
     Query t, in block i = t // block_size, reads key s <= t, in block j, if j = 0, j = i, or tile
     (i, j) is among the kept ones. These are tiles of one part, nearest first, then landmarks: tiles
-    of two parts of which both blocks lie next to a boundary, highest scores first; as many in all as
-    the density allows. The start of the sequence is a boundary, too.
+    of two parts of which both blocks lie next to a boundary, highest scores first; as many in all
+    as the density allows. The start of the sequence is a boundary, too.
 
     All tiles are kept, and the mask is dense, where T < 16, where there are fewer than two parts,
     and where the cut is below ``min_cut``.
@@ -66,8 +68,9 @@ def mincut_mask(
         block_size: positions per block.
         parts: of ``mincut_parts``, or labels (..., n), integers: blocks of one label are a part;
             None: those of ``mincut_parts(affinity)``.
-        density: how many of the tiles of dense attention to keep, as a share > 0: a number, an array
-            (...), or a function of the ``MincutSignal`` that gives one. The count is rounded down.
+        density: how many of the tiles of dense attention to keep, as a share > 0: a number, an
+            array (...), or a function of the ``MincutSignal`` that gives one. The count is rounded
+            down.
         scores: floats (..., n, n), >= 0: how much block i reads of block j, by which landmarks are
             chosen. Default: the affinity.
         near: how many blocks on either side of a boundary lie next to it; None: all do, so that any
@@ -123,7 +126,7 @@ def checked_density(density: Any) -> Array:
     """A density as float32, or an error: where it is known, it must be in (0, 1]."""
     density = as_reals("density", density, positive=True)
     density = of_kind("density", density, "real numbers", (np.integer, jnp.floating))
-    if not isinstance(density, jax.core.Tracer) and np.any(np.asarray(density) > 1):
+    if not isinstance(density, Tracer) and np.any(np.asarray(density) > 1):
         raise ValueError(f"density must be at most 1; it is {density}")
     return density.astype(np.float32)
 
@@ -161,3 +164,31 @@ def mincut_table(
     wanted = jnp.floor(density * tiles.astype(np.float32) * np.float32(1 + 1e-6))
     budget = jnp.clip(wanted.astype(np.int32), needed, tiles)
     return keep_best(rank, budget)
+
+
+def mincut_tiles(
+    query: Array,
+    key: Array,
+    block_size: int,
+    density: ArrayLike,
+    *,
+    scale: float | Array | None = None,
+    is_causal: bool = True,
+) -> Array:
+    """The tiles that parts and landmarks choose for a call, bool (B, K, n, n).
+
+    Parts are those of all heads together, landmarks those of each key/value head. The density is
+    reached exactly: a sequence of one part has a window, and nothing falls back to dense.
+
+    Args:
+        query: (B, T, N, H).
+        key: (B, T, K, H).
+        block_size: positions per block.
+        density: the share of tiles to keep, in (0, 1].
+        scale: factor on the scores, by which landmarks are chosen; default ``1 / sqrt(H)``.
+        is_causal: whether query t reads keys s <= t only.
+    """
+    labels = mincut_parts(block_affinity(query, key, block_size)).labels
+    read = functools.partial(block_affinity, kernel="softmax", scale=scale, is_causal=is_causal)
+    scores = read(query, key, block_size, per_head=True)
+    return mincut_table(labels, scores, checked_density(density), near=None, is_causal=is_causal)

@@ -1,9 +1,9 @@
 """What a cut says about a sequence, and how much of its attention is worth computing.
 
 A low cut says that the parts have little to do with one another: few tiles between them are worth
-reading. A high one says that the parts are parts of a whole. The schedules turn that into a density,
-the share of tiles to keep. They and their constants are those of the system that this library grew
-from, whose cuts range from 0 to 300.
+reading. A high one says that the parts are parts of a whole. The schedules turn that into a
+density, the share of tiles to keep. They and their constants are those of the system that this
+library grew from, whose cuts range from 0 to 300.
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ class MincutSignal(NamedTuple):
 
     Attributes:
         cut_value: (...) float32: 300 times the normalised cut, per part but the first. 0 says that
-            nothing joins the parts, 300 that the affinity has no structure. 0 where there is one part.
+            nothing joins the parts, 300 that the affinity has no structure. 0 where there is one
+            part.
         previous_cut_value: (...) float32, the one before: of the layer or the step before, say.
         boundary_edges: (...) int32, how many pairs of blocks of different parts have more affinity
             than the mean pair.
-        boundary_concentration: (...) float32 in [0, 1]: which share of the affinity between parts is
-            between blocks that lie next to a boundary.
+        boundary_concentration: (...) float32 in [0, 1]: which share of the affinity between parts
+            is between blocks that lie next to a boundary.
         parts: (...) int32, how many parts there are.
+
+    Example:
+        >>> from flash_jax import mincut_parts
+        >>> affinity = np.kron(np.eye(2), np.ones((3, 3))) + 0.1
+        >>> signal = MincutSignal.of(affinity, mincut_parts(affinity))
+        >>> print(f"{signal.cut_value:.0f}, {signal.adaptive_density():.2f} of the tiles")
+        50, 0.24 of the tiles
     """
 
     cut_value: Array
@@ -56,8 +64,9 @@ class MincutSignal(NamedTuple):
 
         Args:
             affinity: floats (..., n, n), >= 0; it is symmetrised.
-            parts: of ``mincut_parts``, or labels (..., n), integers: blocks of one label are a part,
-                whether they are neighbours or not. Its leading axes broadcast with affinity's.
+            parts: of ``mincut_parts``, or labels (..., n), integers: blocks of one label are a
+                part, whether they are neighbours or not. Its leading axes broadcast with
+                affinity's.
             previous: the signal before; None: there was none, and the cut has not changed.
             near: how many blocks on either side of a boundary lie next to it.
 
@@ -87,7 +96,17 @@ class MincutSignal(NamedTuple):
         least: float = 0.1,
         most: float = 0.9,
     ) -> Array:
-        """(...): from ``least`` where the cut is ``low`` up to ``most`` where it is ``high``."""
+        """The density (...) from ``least`` where the cut is ``low`` to ``most`` where it is
+        ``high``.
+
+        Raises:
+            ValueError: low is not below high.
+
+        Example:
+            >>> ones = np.ones((6, 6))  # the affinity has no structure
+            >>> f"{MincutSignal.of(ones, [0, 0, 0, 1, 1, 1]).linear_density():.2f}"
+            '0.90'
+        """
         if not low < high:
             raise ValueError(f"low must be below high; they are {low} and {high}")
         share = jnp.clip((self.cut_value - low) / (high - low), 0, 1)
@@ -96,15 +115,25 @@ class MincutSignal(NamedTuple):
     def threshold_density(
         self, threshold: float = 150.0, below: float = 0.1, above: float = 0.9
     ) -> Array:
-        """(...): ``above`` where the cut is ``threshold`` or more, else ``below``."""
-        return jnp.where(
-            self.cut_value >= threshold, jnp.float32(above), jnp.float32(below)
-        )
+        """The density (...) ``above`` where the cut is ``threshold`` or more, else ``below``.
+
+        Example:
+            >>> apart = np.eye(4)  # nothing joins the parts
+            >>> f"{MincutSignal.of(apart, [0, 0, 1, 1]).threshold_density():.2f}"
+            '0.10'
+        """
+        return jnp.where(self.cut_value >= threshold, jnp.float32(above), jnp.float32(below))
 
     def adaptive_density(self) -> Array:
-        """(...) in [0.1, 0.9]: more for a high or a concentrated cut, less for many parts.
+        """The density (...), more for a high or a concentrated cut, less for many parts.
 
-        min(cut / 150, 1) * 0.6 + 0.1 + concentration * 0.2 + max(-0.05 parts, -0.2), clamped.
+        min(cut / 150, 1) * 0.6 + 0.1 + concentration * 0.2 + max(-0.05 parts, -0.2), clamped to
+        [0.1, 0.9].
+
+        Example:
+            >>> ones = np.ones((6, 6))
+            >>> f"{MincutSignal.of(ones, [0, 0, 0, 1, 1, 1], near=3).adaptive_density():.2f}"
+            '0.80'
         """
         density = jnp.minimum(self.cut_value / 150, 1) * 0.6 + 0.1
         density = density + self.boundary_concentration * 0.2
@@ -119,8 +148,8 @@ def as_labels(parts: Any, affinity: Array) -> Array:
     labels = of_kind("parts", parts, "MincutParts, or labels, which are integers", np.integer)
     if labels.ndim == 0 or labels.shape[-1] != affinity.shape[-1]:
         raise ValueError(
-            f"parts must have labels (..., n), n = {affinity.shape[-1]} as in affinity; their shape "
-            f"is {labels.shape}"
+            f"parts must have labels (..., n), n = {affinity.shape[-1]} as in affinity; their "
+            f"shape is {labels.shape}"
         )
     try:
         np.broadcast_shapes(labels.shape[:-1], affinity.shape[:-2])
@@ -139,7 +168,9 @@ def next_to_boundary(labels: Array, near: int) -> Array:
     """
     n = labels.shape[-1]
     begins = labels[..., 1:] != labels[..., :-1]
-    begins = jnp.concatenate([jnp.full_like(begins, True, shape=(*labels.shape[:-1], 1)), begins], -1)
+    begins = jnp.concatenate(
+        [jnp.full_like(begins, True, shape=(*labels.shape[:-1], 1)), begins], -1
+    )
     i = lax.iota(np.int32, n)
     away = i[:, None] - i[None]  # of block i from a part that begins at j
     touches = (away >= -near) & (away < near)

@@ -87,7 +87,11 @@ def test_schedules_have_the_constants_of_the_system_they_come_from():
     [
         ({"parts": np.zeros(4, int)}, ValueError, r"parts must have labels .*n = 3.*\(4,\)"),
         ({"parts": np.zeros(3)}, TypeError, "parts must be MincutParts, or labels"),
-        ({"parts": np.zeros((2, 3), int)}, ValueError, r"parts must broadcast.*\(2, 3\).*\(5, 3, 3"),
+        (
+            {"parts": np.zeros((2, 3), int)},
+            ValueError,
+            r"parts must broadcast.*\(2, 3\).*\(5, 3, 3",
+        ),
         ({"previous": 3.0}, TypeError, "previous must be a MincutSignal or None; it is 3.0"),
         ({"near": -1}, ValueError, "near must be >= 0; it is -1"),
         ({"affinity": -np.ones((3, 3))}, ValueError, "affinity must have finite entries"),
