@@ -20,6 +20,9 @@ from ._api.patch import patch_jax_nn as patch_jax_nn
 from ._api.reference import reference_attention as reference_attention
 from ._api.ring import ring_attention as ring_attention
 from ._api.ring import ring_attention_with_lse as ring_attention_with_lse
+from ._api.sparse import block_scores as block_scores
+from ._api.sparse import choose_blocks as choose_blocks
+from ._api.sparse import sparse_prefill as sparse_prefill
 from ._api.tune import tune as tune
 from ._api.zigzag import from_zigzag as from_zigzag
 from ._api.zigzag import to_zigzag as to_zigzag

@@ -55,11 +55,9 @@ def check_lists(name: str, indices: Any, counts: Any, key_blocks: int) -> Array:
         )
     if known_values:
         counted = found[np.arange(found.shape[-1]) < many[..., None]]
-        if counted.size and not (0 <= counted.min() and counted.max() < key_blocks):
-            raise ValueError(
-                f"{name}indices must be in 0..{key_blocks - 1}; one is "
-                f"{counted.min() if counted.min() < 0 else counted.max()}"
-            )
+        wrong = counted[(counted < 0) | (counted >= key_blocks)]
+        if wrong.size:
+            raise ValueError(f"{name}indices must be in 0..{key_blocks - 1}; one is {wrong[0]}")
     M = indices.shape[-1]
     counted = jnp.arange(M, dtype=np.int32) < counts[..., None].astype(np.int32)
     counted &= (indices >= 0) & (indices < key_blocks)

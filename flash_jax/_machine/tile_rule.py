@@ -130,7 +130,9 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
 
 def tiles_within(blocks: BlockSizes) -> BlockSizes:
     """The tiles for a mask that is made of blocks: its blocks, or equal parts of large ones."""
-    return BlockSizes(*(_even(block, _TASK_ROWS) if block > _TASK_ROWS else block for block in blocks))
+    return BlockSizes(
+        *(_even(block, _TASK_ROWS) if block > _TASK_ROWS else block for block in blocks)
+    )
 
 
 def _even(length: int, block: int) -> int:

@@ -64,10 +64,7 @@ def visits_of_heads(mask: Mask, tile: QueryTile) -> HeadVisits:
     """The row of the schedule of each key/value head, of the tiles that the mask lists."""
     assert tile.wide is not None
     j = mask.listed(tile)
-    if j is None:
-        j = lax.iota(np.int32, tile.kv.count)[None]
-    else:
-        j = _once(j)
+    j = lax.iota(np.int32, tile.kv.count)[None] if j is None else _once(j)
     j = jnp.broadcast_to(j, (tile.heads, j.shape[1]))
     some, every = mask.tiles(tile._replace(listed=j[:, None, None]))
     shape = (tile.heads, tile.groups, 1, j.shape[1])

@@ -30,9 +30,13 @@ class BlockSparseMask(Mask):
     """Keeps the blocks of scores that a table names. Time follows the number of kept blocks.
 
     Blocks of block_q queries and block_kv keys begin at 0; the last ones may be shorter. Combined
-    with ``CausalMask``, only blocks on the diagonal are partly kept. In ``attend`` rows of the table
-    are of the queries of the call, and columns of the slots of the cache. In ``ring_attention`` the
-    table is of the whole sequences.
+    with ``CausalMask``, only blocks on the diagonal are partly kept. In ``attend`` rows of the
+    table are of the queries of the call, and columns of the slots of the cache. In
+    ``ring_attention`` the table is of the whole sequences.
+
+    Query heads that share a key/value head are computed together, and visit what any of them
+    keeps: a table per key/value head is the fastest. So are rows that keep about as many blocks in
+    all heads, since several heads share a step.
 
     Args:
         table: bool (T / block_q, S / block_kv), rounded up; in front may be an axis N or K, and an
@@ -215,7 +219,7 @@ def _table(lists: Array, key_blocks: int) -> Array:
 
 
 def _of_key_heads(lists: Array, sizes: Sizes) -> Array | None:
-    """lists (..., rows, M) with an axis of instances and one of key/value heads; None if none fit."""
+    """lists (..., rows, M) with axes B and K, each of which may be 1; None if they are of N."""
     lists = lists.reshape((1,) * (4 - lists.ndim) + lists.shape)
     heads = lists.shape[1]
     return lists if heads == 1 or sizes.K is None or heads == sizes.K else None

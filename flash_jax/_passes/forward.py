@@ -20,7 +20,7 @@ from .._tiles.tile import Axis, QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .few_rows import attend_few
-from .kernel import kernel_tile, whole_rows
+from .kernel import kernel_tile, whole_rows, with_ones
 from .nonfinite import all_finite, finite, with_kept_nonfinite
 from .operands import Dimensions, Operands, kept_weights, with_sinks
 from .plan import Plan
@@ -94,10 +94,12 @@ def _in_whole_rows(operands: Operands, plan: Plan) -> bool:
 
 def _by_kernels(operands: Operands, plan: Plan, results: Results) -> tuple[Results, Array]:
     """The results by one kernel per tile, and which rows of them are right, (B, N, T)."""
-    plan = plan.of_kernels
+    width, plan = operands.v.shape[-1], plan.of_kernels
+    operands = with_ones(operands, plan)
 
     def step(tile: QueryTile, carry: tuple[Results, Array]) -> tuple[Results, Array]:
-        state, right = tile.each(lambda tile, operands: kernel_tile(operands, plan, tile), operands)
+        of_one = lambda tile, operands: kernel_tile(operands, plan, tile, width)  # noqa: E731
+        state, right = tile.each(of_one, operands)
         return _with_tile(plan, tile, carry[0], state), _with_rows(tile, carry[1], right)
 
     carry = results, jnp.zeros(results.lse.shape, bool)

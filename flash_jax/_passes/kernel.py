@@ -37,13 +37,28 @@ _FEWEST_ROWS = 4096
 _FIRST = 64  # keys that the shift is taken from
 
 
-def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online.State, Array]:
+def with_ones(operands: Operands, plan: Plan) -> Operands:
+    """The operands with [v | 1] for v where visits are small, and would each bring their ones."""
+    mask = operands.scores.mask
+    if mask is None or mask.blocks is None or operands.quantization is not None:
+        return operands
+    # As in ``_weighed``. Bfloat16 is the only dtype in which probabilities are rounded here.
+    exact = plan.lse and plan.multiplied == jnp.bfloat16
+    return operands._replace(v=_beside(operands.v, 0 if exact else 1))
+
+
+def kernel_tile(
+    operands: Operands, plan: Plan, tile: QueryTile, width: int
+) -> tuple[online.State, Array]:
     """The state (heads, rows) of one tile of queries after all the keys its rows may read.
 
     And whether each row is right, (heads, rows).
+
+    Args:
+        width: of the values, which may have ones beside them.
     """
     scores, acc = operands.scores, Dimensions.of(operands, plan).acc
-    shift, width = _shift(operands, plan, tile), operands.v.shape[-1]
+    shift, beside = _shift(operands, plan, tile), operands.v.shape[-1] != width
     products = plan.format.products(operands, plan, tile, True)
 
     def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
@@ -57,7 +72,7 @@ def kernel_tile(operands: Operands, plan: Plan, tile: QueryTile) -> tuple[online
                 some = jnp.any(kept, axis=-1, keepdims=True)
                 reads |= tile.as_rows(some, 1)[..., 0]
             p = jnp.exp(s - grown_from(shift, j)[..., None])
-            return sums + _weighed(products, p, products.values(j), plan.lse), reads
+            return sums + _weighed(products, p, products.values(j), plan.lse, beside), reads
 
         return at
 
@@ -96,13 +111,20 @@ def whole_rows(operands: Operands, plan: Plan, tile: QueryTile, rows: int) -> Ar
     return products.finish(sums[..., :width] / sums[..., width, None])
 
 
-def _weighed(products: Products, p: Array, v: Array, exact: bool) -> Array:
-    """p [v | 1], (heads, rows, Hv + ones); exact: with the sum of unrounded probabilities."""
-    if not (exact and products.coarse):
-        return products.weigh(p, _beside(v, 1))
-    ones = np.zeros(v.shape[-1] + _ONES, p.dtype)
-    ones[v.shape[-1] :] = 1
-    return products.weigh(p, _beside(v, 0)) + jnp.sum(p, axis=-1, keepdims=True) * ones
+def _weighed(products: Products, p: Array, v: Array, exact: bool, beside: bool) -> Array:
+    """p [v | 1], (heads, rows, Hv + ones).
+
+    Args:
+        exact: with the sum of unrounded probabilities.
+        beside: whether v has its ones already, or zeros where they are exact.
+    """
+    exact = exact and products.coarse
+    v = v if beside else _beside(v, 0 if exact else 1)
+    if not exact:
+        return products.weigh(p, v)
+    ones = np.zeros(v.shape[-1], p.dtype)
+    ones[-_ONES:] = 1
+    return products.weigh(p, v) + jnp.sum(p, axis=-1, keepdims=True) * ones
 
 
 def _beside(v: Array, number: int) -> Array:
@@ -112,9 +134,7 @@ def _beside(v: Array, number: int) -> Array:
 def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     """The largest logit of each row among the first keys that the tile visits, (heads, rows)."""
     count = min(_FIRST, max(_ONES, tile.kv.block // 8))
-    part = tile._replace(
-        kv=Axis.of(tile.kv.length, count), wide=None if tile.wide is None else 1
-    )
+    part = tile._replace(kv=Axis.of(tile.kv.length, count), wide=None if tile.wide is None else 1)
     j = first_visited(operands, tile) * tile.kv.block // count
     products = plan.format.products(operands, plan, part, True)
     kept = None if operands.scores.always_full(tile.kv) else operands.scores.kept(part, j)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax import Array, lax
+from jax import numpy as jnp
 
 from .._checks.shapes import accumulator
 from .._tiles.jax_versions import varying_axes
-from .._tiles.load import slice_tile, take_tile
+from .._tiles.load import take_tile, take_tiles_at
 from .._tiles.symbolic import largest
 from .._tiles.tile import Origin, QueryTile
 from . import online_softmax as online
@@ -133,8 +134,8 @@ def kv_tile(plan: Plan, tile: QueryTile, x: Array, j: Array, dtype: np.dtype) ->
     """(heads, width, H) of key tile j of x, laid out as keys."""
     start, entry = tile.starts(j), tile.entry_of(x)
     if tile.wide is not None:
-        of_one = lambda n, s: slice_tile(plan.kv_layout, x, entry, n, 1, s, tile.kv.block)  # noqa: E731
-        taken = jax.vmap(jax.vmap(of_one, (None, 0)))(tile.key_heads, start)
+        heads = jnp.broadcast_to(tile.key_heads[:, None], start.shape)
+        taken = take_tiles_at(plan.kv_layout, x, entry, heads, start, tile.kv.block)
         return taken.reshape(tile.heads, tile.width, x.shape[-1]).astype(dtype)
     taken = take_tile(plan.kv_layout, x, entry, tile.head, tile.heads, start, tile.kv.block)
     return taken.astype(dtype)

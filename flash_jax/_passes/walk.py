@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
+from .._masks.base import Mask
 from .._masks.schedule import visits, visits_of_heads
 from .._tiles.symbolic import as_int32, known
 from .._tiles.tile import Axis, QueryTile
@@ -22,6 +23,11 @@ from .operands import Dimensions, Operands, varying_as
 from .plan import Plan
 
 C = TypeVar("C")
+
+# Where each head visits key tiles of its own: some small tiles make one large product. More heads
+# in a step are faster, until they wait for the one that keeps the most.
+VISITED_KEYS = 512
+HEADS_PER_CORE = 4
 
 
 def over_query_tiles(
@@ -42,12 +48,11 @@ def over_query_tiles(
     """
     dims, whole = Dimensions.of(operands, plan), whole_tile(operands, plan)
     q, kv = Axis.of(dims.T, plan.blocks.q), Axis.of(dims.S, plan.blocks.kv)
-    groups, mask, wide = whole.groups, operands.scores.mask, None
-    if mask is not None and mask.blocks is not None and kv.count != 1:
-        wide = tiles_per_visit(kv)
+    groups, wide = whole.groups, tiles_per_visit(operands.scores.mask, kv)
     width = kv.block * (wide or 1)
     heads = heads_per_step(plan.step_scores, dims.K, groups * q.block * width * copies)
-    if wide: heads = int(__import__('os').environ.get('FH','1')) if dims.K % int(__import__('os').environ.get('FH','1'))==0 else 1
+    if wide is not None:
+        heads = _divisor(dims.K, min(heads, HEADS_PER_CORE * plan.cores))
     together = 1
     if several and known(dims.instances) and heads == dims.K and wide is None:
         scores, keys = dims.N * q.block * kv.block, dims.K * kv.block * (dims.H + dims.Hv)
@@ -136,7 +141,8 @@ def _over_tiles_of_heads(
     the partial ones, and with a visit that is not filled up, so do tiles that are none.
     """
     scores, wide = operands.scores, tile.wide
-    assert scores.mask is not None and wide is not None
+    assert scores.mask is not None
+    assert wide is not None
     order, full, end = visits_of_heads(scores.mask, tile)
 
     def at(masked: bool) -> Callable[[Array, C], C]:
@@ -175,9 +181,14 @@ def over(count: Array, step: Callable[[Array, C], C], carry: C) -> C:
     return _loop(np.int32(0), count, step, carry)
 
 
-def tiles_per_visit(kv: Axis) -> int:
-    """How many key tiles a visit takes where heads have their own: some ``_VISITED`` keys."""
-    count = max(1, int(__import__('os').environ.get('FV','512')) // kv.block)
+def tiles_per_visit(mask: Mask | None, kv: Axis) -> int | None:
+    """How many key tiles a visit takes where each head has its own; None: all share them.
+
+    A mask of blocks has them, unless all keys are one tile.
+    """
+    if mask is None or mask.blocks is None or (known(kv.count) and kv.count == 1):
+        return None
+    count = max(1, VISITED_KEYS // kv.block)
     return min(count, kv.count) if known(kv.count) else count
 
 

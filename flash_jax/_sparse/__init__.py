@@ -1,1 +1,1 @@
-"""Sparse attention: which tiles are worth reading, chosen from the data."""
+"""Which blocks of scores are worth computing: chosen from the data."""

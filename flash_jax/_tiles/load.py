@@ -40,6 +40,26 @@ def take_tiles(
     return jnp.moveaxis(tiles, layout.value, 2)
 
 
+def take_tiles_at(
+    layout: Layout, x: Array, entry: Array, heads: Array, starts: Array, size: int
+) -> Array:
+    """(..., size, H): positions of x[entry] from ``starts`` on, of one head each, (...) int32.
+
+    Where they begin is computed apart, and not for every number that is read.
+    """
+    entries = jnp.broadcast_to(entry, starts.shape)
+    at = jnp.stack(layout.axes(entries, heads, starts, jnp.zeros_like(starts))[:3], axis=-1)
+    at = lax.optimization_barrier(at)
+    lead = starts.ndim
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(lead, lead + 1),
+        collapsed_slice_dims=(0, 3 - layout.value),
+        start_index_map=(0, 1, 2),
+    )
+    sizes = tuple(layout.axes(1, 1, size, x.shape[-1]))
+    return lax.gather(x, at, numbers, sizes, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+
+
 def put_tile(
     layout: Layout, x: Array, tile: Array, entry: Array, head: Array, start: Array
 ) -> Array:

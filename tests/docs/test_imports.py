@@ -9,7 +9,7 @@ import flash_jax
 ROOT = Path(flash_jax.__file__).parent
 # From top to bottom. What lies in no folder stands beside _cli, and may import anything.
 LAYERS = [
-    *("_cli", "_frameworks", "_api", "_formats", "_passes", "_sparse"),
+    *("_cli", "_frameworks", "_api", "_sparse", "_formats", "_passes"),
     *("_masks", "_checks", "_machine", "_tiles", "_version"),
 ]
 
