@@ -28,8 +28,11 @@ from .._checks.numbers import as_reals, as_scale, check_bool, natural_number, po
 from .._masks.base import Mask
 from .._masks.positions import CausalMask
 from .._masks.sparse import BlockSparseMask
+from .._tiles.tile import BlockSizes
 from .affinity import block_affinity
 from .budget import keep_best
+from .choice import kept_always
+from .importance import allowed, pooled
 from .mincut import MincutParts, as_affinity, mincut_parts
 from .signal import MincutSignal, as_labels, next_to_boundary, same_part
 
@@ -115,7 +118,7 @@ def mincut_mask(
     scores = affinity if scores is None else as_affinity(scores, "scores")
     if scores.shape[-1] != n:
         raise ValueError(f"scores must be (..., {n}, {n}) as affinity; its shape is {scores.shape}")
-    table = mincut_table(labels, scores, share, near=near, is_causal=is_causal)
+    table = mincut_table(labels, scores, share, near, is_causal)
     weak = signal.cut_value < as_scale("min_cut", min_cut)
     dense = (signal.parts < 2) | weak | (T < MIN_TOKENS)
     sparse = BlockSparseMask(table | dense[..., None, None], (block_size, block_size))
@@ -131,9 +134,15 @@ def checked_density(density: Any) -> Array:
     return density.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("near", "is_causal"))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def mincut_table(
-    labels: Array, scores: Array, density: Array, *, near: int | None, is_causal: bool
+    labels: Array,
+    scores: Array,
+    density: Array,
+    near: int | None,
+    is_causal: bool,
+    sinks: int = 1,
+    band: int = 1,
 ) -> Array:
     """Which tiles to keep, bool (..., n, n), in the order that the module's text states.
 
@@ -144,10 +153,14 @@ def mincut_table(
             kind is left out.
         near: blocks on either side of a boundary among which landmarks are; None: all.
         is_causal: whether tiles above the diagonal are none.
+        sinks: how many first tiles of a row are kept in any case.
+        band: how many tiles from the diagonal on, itself included, are kept in any case.
     """
     n = labels.shape[-1]
+    blocks = BlockSizes(1, 1)
+    exists = allowed(n, n, blocks, is_causal)
+    always = exists & kept_always(n, n, blocks, is_causal, sinks, band)
     i, j = (lax.broadcasted_iota(np.int32, (n, n), axis) for axis in (0, 1))
-    exists = i >= j if is_causal else jnp.full((n, n), True)
     nearness = 1 - jnp.abs(i - j).astype(np.float32) / n  # in (0, 1]
     highest = jnp.max(scores, axis=(-1, -2), keepdims=True)
     # Ranks: landmarks in (0, 1], tiles of one part in (1, 2], and what is always kept 3.
@@ -157,13 +170,11 @@ def mincut_table(
         at = next_to_boundary(labels, near)
         rank = jnp.where(at[..., :, None] & at[..., None, :], rank, 0)
     rank = jnp.where(same_part(labels), 1 + nearness, rank)
-    always = (i == j) | (j == 0)
     rank = jnp.where(exists, jnp.where(always, np.float32(3), rank), 0)
-    tiles, needed = (jnp.sum(x, dtype=np.int32) for x in (exists, exists & always))
     # One part in a million more: 0.3 of 10 tiles are 3, though float32 has 0.3 a little smaller.
-    wanted = jnp.floor(density * tiles.astype(np.float32) * np.float32(1 + 1e-6))
-    budget = jnp.clip(wanted.astype(np.int32), needed, tiles)
-    return keep_best(rank, budget)
+    wanted = jnp.floor(density * np.float32(exists.sum() * (1 + 1e-6)))
+    needed, tiles = np.int32(always.sum()), np.int32(exists.sum())
+    return keep_best(rank, jnp.clip(wanted.astype(np.int32), needed, tiles))
 
 
 def mincut_tiles(
@@ -171,9 +182,10 @@ def mincut_tiles(
     key: Array,
     block_size: int,
     density: ArrayLike,
-    *,
-    scale: float | Array | None = None,
-    is_causal: bool = True,
+    scale: Array,
+    is_causal: bool,
+    sinks: int = 1,
+    band: int = 1,
 ) -> Array:
     """The tiles that parts and landmarks choose for a call, bool (B, K, n, n).
 
@@ -185,10 +197,11 @@ def mincut_tiles(
         key: (B, T, K, H).
         block_size: positions per block.
         density: the share of tiles to keep, in (0, 1].
-        scale: factor on the scores, by which landmarks are chosen; default ``1 / sqrt(H)``.
+        scale: factor on the scores, by which landmarks are chosen.
         is_causal: whether query t reads keys s <= t only.
+        sinks: as in ``mincut_table``, and so is band.
     """
     labels = mincut_parts(block_affinity(query, key, block_size)).labels
-    read = functools.partial(block_affinity, kernel="softmax", scale=scale, is_causal=is_causal)
-    scores = read(query, key, block_size, per_head=True)
-    return mincut_table(labels, scores, checked_density(density), near=None, is_causal=is_causal)
+    scores = pooled(query, key, BlockSizes(block_size, block_size), scale, is_causal)
+    share = jnp.asarray(density, np.float32)
+    return mincut_table(labels, scores, share, None, is_causal, sinks, band)
