@@ -12,13 +12,17 @@ from refusals import refused
 from unoptimized import run
 
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     MincutSignal,
     block_affinity,
     block_schedule,
+    block_scores,
+    choose_blocks,
     flash_attention_with_lse,
     mincut_mask,
     mincut_parts,
+    sparse_prefill,
 )
 
 T, BLOCK = 61, 7  # 9 blocks, of which the last has 5 positions
@@ -160,6 +164,46 @@ def test_the_choice_can_be_made_under_jit_and_vmap(rng):
     for i, density in enumerate(densities):
         for x, y in zip(together, alone(q[i], k[i], v[i], density), strict=True):
             np.testing.assert_allclose(x[i], y, atol=1e-6)
+
+
+def test_it_is_a_method_of_sparse_prefill(rng):
+    q, k, v = random_inputs(rng, B=2, T=T, S=T, N=N, K=K, H=5, Hv=3)
+    options = {"method": "mincut", "density": 0.6, "block_sizes": (BLOCK, BLOCK)}
+    output, table, density = sparse_prefill(q, k, v, **options)
+    assert table.shape == (2, K, 9, 9)
+    np.testing.assert_allclose(density, 27 / 45, rtol=1e-6)
+    blocks = {"method": "pooled", "block_sizes": (BLOCK, BLOCK), "is_causal": True}
+    scores = np.asarray(block_scores(q, k, **blocks))
+    labels = np.asarray(mincut_parts(block_affinity(q, k, BLOCK)).labels)
+    for b in range(2):
+        for h in range(K):
+            expected = defined(labels[b, 0], scores[b, h], 0.6, None, causal=True)
+            np.testing.assert_array_equal(table[b, h], expected)
+    mask = BlockSparseMask(table, (BLOCK, BLOCK))
+    expected = flash_attention_with_lse(q, k, v, mask=mask, is_causal=True)[0]
+    np.testing.assert_allclose(output, expected, atol=1e-6)
+    alone = choose_blocks(q[0], k[0], is_causal=True, **options)
+    np.testing.assert_array_equal(alone, table[0])
+    wide = choose_blocks(q, k, is_causal=True, sinks=2, band=3, **(options | {"density": 0.1}))
+    i, j = np.mgrid[:9, :9]
+    np.testing.assert_array_equal(wide[0, 0], (i >= j) & ((j < 2) | (i - j < 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_sizes": (3, 6)}, r"block_sizes must be equal with method='mincut'.*\(3, 6\)"),
+        ({"density": None, "top_p": 0.5}, "density must be given with method='mincut', not top_p"),
+        ({"key": np.ones((1, 8, 2, 4), np.float32)}, "query and key must be of one length with"),
+    ],
+)
+def test_the_method_has_its_own_errors(change, message):
+    x = np.ones((1, 9, 2, 4), np.float32)
+    arguments = {"query": x, "key": x, "method": "mincut", "block_sizes": (3, 3), "density": 0.5}
+    with refused(ValueError, message):
+        choose_blocks(**(arguments | change))
+    with refused(ValueError, "method must score blocks one by one, which 'mincut' does not"):
+        block_scores(x, x, method="mincut")
 
 
 @pytest.mark.parametrize(
