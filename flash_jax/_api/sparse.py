@@ -209,9 +209,9 @@ def sparse_prefill(
     options = method, block_sizes, is_causal, stride, sinks, band, density, top_p
     query, key, value = as_floats(query=query, key=key, value=value)
     check_qkv(query, key, value)
-    query, key, number, choice = _checked(query, key, scale, *options)
+    *still, choice = _checked(query, key, scale, *options)
     _check_share(choice)
-    table = _table_of(query, key, number, choice)
+    table = _table_of(*still, choice)
     mask = BlockSparseMask(table, choice.blocks)
     output = flash_attention(query, key, value, mask=mask, scale=scale, is_causal=choice.is_causal)
     T, S = query.shape[-3], key.shape[-3]
@@ -231,7 +231,7 @@ def _checked(
     density: Any = None,
     top_p: Any = None,
 ) -> tuple[Array, Array, Any, _Choice]:
-    """The arguments, checked."""
+    """The arguments, checked; the arrays as constants, since a choice has no derivative."""
     query, key = as_floats(query=query, key=key)
     check_qkv(query, key, key)
     if not all(map(known, (query.shape[-3], key.shape[-3]))):
@@ -253,7 +253,7 @@ def _checked(
             continue
         if isinstance(x, bool) or not isinstance(x, numbers.Real):
             raise TypeError(f"{name} must be a number, known at trace time; it is {x!r}")
-        if not 0 < x <= 1:
+        if not 0 < float(x) <= 1:
             raise ValueError(f"{name} must be in (0, 1]; it is {x!r}")
     scale = as_reals("scale", scale)
     if np.shape(scale) != ():

@@ -241,6 +241,11 @@ def first_tile(
     if B > 1 and batch >= B:
         raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")
     B = max(B, batch + 1)
+    axes = [] if bound is None else bound.array_axes()
+    pairs = zip(axes, jax.tree.leaves(bound), strict=True)
+    N = max((x.shape[1] for axes, x in pairs if axes[1:2] == "N"), default=1)
+    if N > 1 and head >= N:
+        raise ValueError(f"head must be below the mask's heads, {N}; it is {head}")
     element = jnp.int32(batch)
     at = (element, B, element, B, jnp.int32(head), 1, 1, jnp.int32(0))
     return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .._tiles.symbolic import known
 from .._tiles.tile import Axis, QueryTile
 from .base import Mask
 
@@ -55,7 +56,7 @@ def visits(row: Array) -> Visits:
 class HeadVisits(NamedTuple):
     """The key tiles that each head visits: order[n, :full[n]] are full, up to end[n] partial."""
 
-    order: Array  # (heads, a multiple of tile.wide) int32, -1 behind end
+    order: Array  # (heads, n) int32, -1 behind end; whole visits of tile.wide
     full: Array  # (heads,)
     end: Array  # (heads,)
 
@@ -73,7 +74,7 @@ def visits_of_heads(mask: Mask, tile: QueryTile) -> HeadVisits:
     every = jnp.all(jnp.broadcast_to(every & complete, shape), axis=(1, 2))
     kind = jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
     kind, order = lax.sort((-kind, jnp.where(some, j, -1)), dimension=1, num_keys=1)
-    missing = -j.shape[1] % tile.wide
+    missing = -j.shape[1] % tile.wide if known(j.shape[1]) else tile.wide
     order = jnp.pad(order, [(0, 0), (0, missing)], constant_values=-1)
     full = jnp.sum(kind == -FULL, axis=1, dtype=np.int32)
     return HeadVisits(order, full, full + jnp.sum(kind == -PARTIAL, axis=1, dtype=np.int32))

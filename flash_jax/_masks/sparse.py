@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from .._checks.bind import Sizes
 from .._checks.numbers import as_block_sizes, positive_integer
 from .._checks.tables import bind_table, check_lists, per_query_head
-from .._tiles.symbolic import as_int32, known
+from .._tiles.symbolic import as_int32
 from .._tiles.tile import BlockSizes, QueryTile
 from .base import Mask, mask_type
 
@@ -101,31 +101,27 @@ class BlockSparseMask(Mask):
 
     def bind(self, sizes: Sizes) -> Mask:
         name = f"{type(self).__name__}.table"
-        table = bind_table(name, self.table, self.block_sizes, sizes)
+        table = bind_table(name, self.table, self.blocks, sizes)
         indices = self.indices
         if indices is not None:
             indices = _of_key_heads(indices, sizes)
         return BlockSparseMask(per_query_head(table, sizes), self.block_sizes, indices)
 
     def keep(self, tile: QueryTile, j: Array) -> Array:
-        rows, first = _table_rows(self, tile)
-        s = tile.s(j) // np.int32(self.block_sizes[1])
-        kept = _taken(rows, s)
-        if rows.shape[2] == 1:
+        met, (q, kv) = rows_met(self.block_sizes[0], tile), self.block_sizes
+        kept = _kept(self, tile, met, tile.s(j) // np.int32(kv))
+        if met.count == 1:
             return kept
-        t = tile.t.reshape(-1) // np.int32(self.block_sizes[0]) - first
-        return jnp.take(kept, t, axis=2, mode="clip")
+        return jnp.take(kept, tile.t.reshape(-1) // np.int32(q) - met.first, axis=2, mode="clip")
 
     def tiles(self, tile: QueryTile) -> tuple[Array, Array]:
-        rows, _ = _table_rows(self, tile)
-        some, every = jnp.any(rows, axis=2, keepdims=True), jnp.all(rows, axis=2, keepdims=True)
-        size = np.int32(self.block_sizes[1])
+        met, size = rows_met(self.block_sizes[0], tile), np.int32(self.block_sizes[1])
         first, last = tile.keys.first // size, tile.keys.last // size
-        aligned = tile.origin is None or tile.origin.key is None
-        count = most_met(tile.kv.block, self.block_sizes[1], aligned)
-        met = [jnp.minimum(first + np.int32(i), last) for i in range(count)]
-        some, every = ([_taken(x, at) for at in met] for x in (some, every))
-        return jnp.any(jnp.stack(some), axis=0), jnp.all(jnp.stack(every), axis=0)
+        count = most_met(tile.kv.block, self.block_sizes[1], _origin(tile, "key") is None)
+        columns = (jnp.minimum(first + np.int32(i), last) for i in range(count))
+        kept = jnp.stack([_kept(self, tile, met, x) for x in columns])
+        some, every = (f(kept, axis=(0, 3), keepdims=True) for f in (jnp.any, jnp.all))
+        return some[0], every[0]
 
     @property
     def blocks(self) -> BlockSizes:
@@ -134,16 +130,15 @@ class BlockSparseMask(Mask):
     def listed(self, tile: QueryTile) -> Array | None:
         if self.indices is None:
             return None
-        rows = _rows(self.indices, tile.heads, tile.head, self, tile)[0]
-        blocks, size = rows.reshape(rows.shape[0], -1, 1), np.int32(self.block_sizes[1])
-        origin = np.int32(0) if tile.origin is None or tile.origin.key is None else tile.origin.key
-        first, last = blocks * size - origin, (blocks + 1) * size - 1 - origin
-        w = np.int32(tile.kv.block)
-        aligned = isinstance(origin, np.int32)
-        count = most_met(self.block_sizes[1], tile.kv.block, aligned)
+        blocks, size = _list(self, tile)[..., None], np.int32(self.block_sizes[1])
+        origin, w = _origin(tile, "key"), np.int32(tile.kv.block)
+        first, last = blocks * size, (blocks + 1) * size - 1
+        if origin is not None:
+            first, last = first - origin, last - origin
+        count = most_met(self.block_sizes[1], tile.kv.block, origin is None)
         j = first // w + lax.iota(np.int32, count)
         met = (blocks >= 0) & (j >= 0) & (j <= last // w) & (j < as_int32(tile.kv.count))
-        return jnp.where(met, j, np.int32(-1)).reshape(rows.shape[0], -1)
+        return jnp.where(met, j, np.int32(-1)).reshape(blocks.shape[0], -1)
 
     def read_keys(self, T: int, S: int) -> Array:
         read = jnp.any(jnp.asarray(self.table), axis=(1, 2))
@@ -162,30 +157,36 @@ def most_met(extent: int, block: int, aligned: bool) -> int:
     return (extent + block - 2) // block + 1
 
 
-def _table_rows(mask: BlockSparseMask, tile: QueryTile) -> tuple[Array, Array]:
-    """The table where the queries meet it, (heads or 1, groups or 1, rows, blocks); first row."""
-    table = jnp.asarray(mask.table)
-    rows, first = _rows(table, tile.heads * tile.groups, tile.head * tile.groups, mask, tile)
-    heads = (1, 1) if table.shape[1] == 1 else (tile.heads, tile.groups)
-    return rows.reshape(*heads, *rows.shape[1:]), first
+def _origin(tile: QueryTile, axis: str) -> Array | None:
+    """Where a device's part of an axis begins; None: at 0."""
+    return None if tile.origin is None else getattr(tile.origin, axis)
 
 
-def _rows(
-    x: Array, heads: int, head: Array, mask: BlockSparseMask, tile: QueryTile
-) -> tuple[Array, Array]:
-    """The rows of x (B or 1, heads or 1, T / block_q, n) that the tile's queries meet.
+def _kept(mask: BlockSparseMask, tile: QueryTile, met: RowsMet, columns: Array) -> Array:
+    """The table at the rows that the queries meet, and at columns (heads or 1, 1, 1, n).
 
-    (heads or 1, rows, n), and the index of the first; the last is repeated where fewer are met.
+    bool (heads or 1, groups or 1, rows, n); the last row is repeated where fewer are met.
     """
-    met, zero, (_, N, rows, n) = rows_met(mask.block_sizes[0], tile), np.int32(0), x.shape
-    size = min(met.count, rows) if known(rows) else rows
-    start = jnp.minimum(met.first, as_int32(rows - size)) if known(rows) else zero
-    at = tile.entry_of(x), zero if N == 1 else head, start, zero
-    part = lax.dynamic_slice(x, at, (1, 1 if N == 1 else heads, size, n))[0]
-    if met.count != 1 or not known(rows):
-        wanted = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last) - start
-        part = jnp.take(part, wanted, axis=1, mode="clip")
-    return part, met.first
+    table = jnp.asarray(mask.table)
+    n = tile.head_indices if table.shape[1] != 1 else jnp.zeros((1, 1, 1, 1), np.int32)
+    rows = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last).reshape(1, 1, -1, 1)
+    # Behind a symbolic length there may be more queries and keys than the table has blocks for.
+    rows, columns = (
+        jnp.clip(x, 0, as_int32(size - 1))
+        for x, size in zip((rows, columns), table.shape[2:], strict=True)
+    )
+    return table[tile.entry_of(table), n, rows, columns]
+
+
+def _list(mask: BlockSparseMask, tile: QueryTile) -> Array:
+    """(heads or 1, n): the blocks of keys that the lists of the tile's rows name, -1 for none."""
+    lists, met = jnp.asarray(mask.indices), rows_met(mask.block_sizes[0], tile)
+    K, rows = lists.shape[1:3]
+    n = tile.key_heads[:, None, None] if K != 1 else jnp.zeros((1, 1, 1), np.int32)
+    row = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last)
+    row = jnp.clip(row, 0, as_int32(rows - 1))[:, None]
+    found = lists[tile.entry_of(lists), n, row, lax.iota(np.int32, lists.shape[3])]
+    return found.reshape(found.shape[0], -1)
 
 
 class RowsMet(NamedTuple):
@@ -198,17 +199,9 @@ class RowsMet(NamedTuple):
 
 def rows_met(block: int, tile: QueryTile) -> RowsMet:
     """The rows of blocks of ``block`` queries that a tile meets."""
-    here = tile.origin is None or tile.origin.query is None
-    aligned = here and not tile.q.ragged
+    aligned = _origin(tile, "query") is None and not tile.q.ragged
     first, last = (x // np.int32(block) for x in tile.queries)
     return RowsMet(first, last, most_met(tile.q.block, block, aligned))
-
-
-def _taken(x: Array, at: Array) -> Array:
-    """x (heads or 1, groups or 1, rows, blocks) at blocks (heads or 1, 1, 1, n)."""
-    if at.shape[0] == 1:
-        return jnp.take(x, at.reshape(-1), axis=3, mode="clip")
-    return jnp.take_along_axis(x, at, axis=3, mode="clip")
 
 
 def _table(lists: Array, key_blocks: int) -> Array:

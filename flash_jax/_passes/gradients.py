@@ -133,7 +133,7 @@ class Gradients:
             old = lax.dynamic_slice(sums, place, part.shape)
             return lax.dynamic_update_slice(sums, old + part, place)
 
-        return self._replace(name, over(np.int32(starts.size), add, self.sums[name]))
+        return self._replace(name, over(jnp.int32(starts.size), add, self.sums[name]))
 
     def _add(self, name: str, tile: QueryTile, start: tuple[Any, ...], x: Array) -> Gradients:
         """Adds x to the part of a sum that begins at start in the tile's instance."""

@@ -42,6 +42,7 @@ def chosen(
         count = np.ceil(np.sum(may, axis=-1) * density - 1e-6).astype(np.int32)
         kept = rank < count[:, None]
     else:
+        assert top_p is not None
         ordered = jnp.take_along_axis(jnp.where(may, importance, 0), order, axis=-1)
         before = jnp.cumsum(ordered, axis=-1) - ordered
         total = jnp.sum(ordered, axis=-1, keepdims=True)

@@ -139,8 +139,12 @@ class QueryTile(NamedTuple):
     @property
     def n(self) -> Array:
         """(heads, groups, 1, 1): query heads."""
-        first = self._of_call("head", self.head * self.groups)
-        n = first + lax.iota(np.int32, self.heads * self.groups)
+        return self._of_call("head", self.head_indices)
+
+    @property
+    def head_indices(self) -> Array:
+        """(heads, groups, 1, 1): query heads, as they lie in arrays."""
+        n = self.head * self.groups + lax.iota(np.int32, self.heads * self.groups)
         return n.reshape(self.heads, self.groups, 1, 1)
 
     @property

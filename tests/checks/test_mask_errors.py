@@ -6,6 +6,7 @@ from jax import numpy as jnp
 from refusals import B, S, T, attend, f32, i32, refused
 
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     LengthMask,
     PredicateMask,
@@ -14,6 +15,20 @@ from flash_jax import (
     WindowMask,
     block_schedule,
 )
+
+LISTS = "BlockSparseMask.from_indices: "
+
+
+def bools(*shape):
+    return np.ones(shape, bool)
+
+
+def blocks(table):
+    return BlockSparseMask(table, (2, 2))
+
+
+def lists(indices, counts):
+    return BlockSparseMask.from_indices(indices, counts, (2, 2), 4)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +49,31 @@ from flash_jax import (
         (lambda: LengthMask(1.5), TypeError, "LengthMask.q must be integers; .*float32"),
         (lambda: LengthMask(kv=i32(3)), ValueError, r"LengthMask.kv must be .*\(3,\)"),
         (lambda: PrefixMask(True), TypeError, "PrefixMask.n must be integers; .*bool"),
+        (lambda: blocks(bools(2, 4)), ValueError, r"BlockSparseMask.table must be .*\(2, 4\)$"),
+        (
+            lambda: blocks(bools(5, 3, 4)),
+            ValueError,
+            r"BlockSparseMask.table must be .*\(5, 3, 4\)$",
+        ),
+        (
+            lambda: blocks(bools(3, 1, 3, 4)),
+            ValueError,
+            r"BlockSparseMask.table must .* = \(\[2, 6 or",
+        ),
+        (lambda: blocks(i32(3, 4)), TypeError, "BlockSparseMask.table must be bool; its dtype is"),
+        (lambda: blocks(None), TypeError, "BlockSparseMask.table must be bool; it is None"),
+        (lambda: BlockSparseMask(bools(3, 4), 2), TypeError, "block_sizes must be a pair"),
+        (
+            lambda: lists([[0, 4]] * 3, [1, 2, 1]),
+            ValueError,
+            LISTS + "indices must be in 0..3; one is 4",
+        ),
+        (
+            lambda: lists([[0, 1]] * 3, [1, 2]),
+            ValueError,
+            LISTS + r"counts must be \(3,\), .*\(2,\)",
+        ),
+        (lambda: lists(f32(3, 2), [1] * 3), TypeError, LISTS + "indices must be integers"),
         (lambda: CausalMask(2**31), ValueError, f"CausalMask.offset must fit .*; it is {2**31}"),
         (lambda: LengthMask([1, 2**40]), ValueError, "LengthMask.q must fit into int32"),
         (lambda: SegmentMask([1, [2]], 1), TypeError, r"SegmentMask.q_ids .*; it is \[1, \[2\]\]"),

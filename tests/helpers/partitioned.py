@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from paths import Path, derivatives, model
 from unoptimized import UNOPTIMIZED, run
 
-from flash_jax import Mask, PredicateMask, flash_attention_int8_with_lse
+from flash_jax import BlockSparseMask, Mask, PredicateMask, flash_attention_int8_with_lse
 from flash_jax._masks.base import mask_type
 
 B, T, S, N, H = 4, 24, 40, 8, 5  # which tiles of 5 and 7 do not divide, whole or in parts
@@ -87,12 +87,14 @@ INT8 = Path(
     lambda x: flash_attention_int8_with_lse(**x, probability_dtype=np.float32, block_sizes=TILES),
     {"key_value_seq_lengths": "B"},
 )
+TABLE = np.random.default_rng(7).random((B, N, 4, 4)) < 0.5  # blocks that parts cut through
 PATHS = {
     "everything": EVERYTHING,
     "plain": PLAIN,
     "dropout": DROPOUT,
     "INT8": INT8,
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
+    "blocks": Path(model(mask=BlockSparseMask(TABLE, (6, 10)), is_causal=True, query_offset=9)),
     "predicate": Path(model(mask=PredicateMask(predicate) | LastKeysMask())),
 }
 LONG = {"T": 128, "S": 128}  # a device's part is large enough for kernels
@@ -138,6 +140,8 @@ def cases():
         *(Case("dropout", cuts, "forward") for cuts in (both, across)),
         *(Case("INT8", cuts) for cuts in (both, APART["keys"])),
         Case("INT8", both, **explicit),
+        Case("blocks", both, "forward"),
+        Case("blocks", across),
         Case("decode", APART["keys"]),
         Case("decode", APART["keys"], "forward", reduced=3, **explicit),
         *(Case("plain", both, mapped=None, **kind) for kind in ({}, explicit)),

@@ -19,6 +19,7 @@ from unoptimized import run
 
 import flash_jax
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     LengthMask,
     PredicateMask,
@@ -126,6 +127,13 @@ def by_masks(attend, x):
     return attend(*qkv, mask=mask)
 
 
+def by_blocks(attend, x):
+    """The table is of the whole sequences, and its blocks lie on two devices."""
+    table = np.random.default_rng(5).random((N, 3, 3)) < 0.6
+    qkv = (x[name] for name in ("query", "key", "value"))
+    return attend(*qkv, mask=BlockSparseMask(table, (5, 6)), is_causal=True)
+
+
 def mapped(attend, x):
     """Under vmap and remat, with keys that are shared, in a sum over which gradients meet."""
     call = lambda q: attend(q, x["key"], x["value"], is_causal=True)  # noqa: E731
@@ -163,6 +171,7 @@ CASES = {
         4, "contiguous", 1, 1, {"is_causal": True}, of_keys, ("query", "key", "bias")
     ),
     "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks),
+    "blocks": Case(2, "zigzag", 6, 8, {}, call=by_blocks),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
     "bfloat16": Case(
         4,

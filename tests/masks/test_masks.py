@@ -12,6 +12,7 @@ from oracle import max_error, numpy_attention, random_qkv
 from flash_jax import (
     BlockSchedule,
     BlockSizes,
+    BlockSparseMask,
     CausalMask,
     LengthMask,
     Mask,
@@ -94,6 +95,12 @@ def array(T, S, shape):
     return Case(ArrayMask(kept), kept, True)
 
 
+def blocks(T, S, *lead):
+    table = np.random.default_rng(T).random((*lead, -(-T // 3), -(-S // 2))) < 0.5
+    kept = np.repeat(np.repeat(table, 3, axis=-2)[..., :T, :], 2, axis=-1)[..., :S]
+    return Case(BlockSparseMask(table, (3, 2)), kept, True)
+
+
 def combined(op, a, b):
     return Case(op(a.mask, b.mask), op(a.kept, b.kept), False)
 
@@ -133,6 +140,8 @@ CASES = {
     "array (S,)": lambda T, S: array(T, S, "S"),
     "array (T, 1)": lambda T, S: array(T, S, "T"),
     "array (B, N, T, S)": lambda T, S: array(T, S, "BNTS"),
+    "blocks": lambda T, S: blocks(T, S),
+    "blocks (B, N)": lambda T, S: blocks(T, S, B, N),
     "prefix | causal": lambda T, S: combined(operator.or_, prefix(T, S, 3), causal(T, S, 0)),
     "window & segments": lambda T, S: combined(
         operator.and_, window(T, S, 4, 1), segments(T, S, shuffled_ids)
