@@ -183,7 +183,8 @@ def sparse_prefill(
     The cost is that of attention times the density, and of the choice: "antidiagonal" takes
     1 / (2 * stride) of the operations of full attention, 3 % by default, and memory for the scores
     of a row of blocks, T S / stride^2 / (T / block_q) numbers per head; "pooled" takes
-    T S / (block_q * block_kv) scores per head. Blocks of less than 64 positions cost more per pair.
+    T S / (block_q * block_kv) scores per head, and "mincut" a little more. Blocks of less than 64
+    positions cost more per pair.
 
     Args:
         query: as in ``flash_attention``, and so are key, value and scale.
@@ -209,9 +210,9 @@ def sparse_prefill(
     options = method, block_sizes, is_causal, stride, sinks, band, density, top_p
     query, key, value = as_floats(query=query, key=key, value=value)
     check_qkv(query, key, value)
-    *still, choice = _checked(query, key, scale, *options)
+    q, k, factor, choice = _checked(query, key, scale, *options)
     _check_share(choice)
-    table = _table_of(*still, choice)
+    table = _table_of(q, k, factor, choice)
     mask = BlockSparseMask(table, choice.blocks)
     output = flash_attention(query, key, value, mask=mask, scale=scale, is_causal=choice.is_causal)
     T, S = query.shape[-3], key.shape[-3]
@@ -303,10 +304,10 @@ def _importance_of(query: Array, key: Array, scale: Array, choice: _Choice) -> A
     return antidiagonal(query, key, choice.blocks, scale, choice.is_causal, choice.stride)
 
 
-def _table_of(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
+def _table_of(query: Any, key: Any, scale: Any, choice: _Choice) -> Array:
     if choice.method != "mincut":
         return _ranked(query, key, scale, choice)
-    density = jnp.float32(choice.density)  # one program for all
+    density = jnp.asarray(choice.density, np.float32)  # one program for all
     return _parted(query, key, scale, density, choice._replace(density=None))
 
 

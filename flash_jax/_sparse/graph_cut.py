@@ -131,7 +131,9 @@ def minimum_cut(w: np.ndarray, sources: np.ndarray, sinks: np.ndarray) -> np.nda
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import breadth_first_order, maximum_flow
     except ImportError as error:
-        raise ImportError("mincut_labels needs SciPy: pip install 'flash-jax[sparse]'") from error
+        raise ImportError(
+            "mincut_labels needs SciPy: pip install -e '.[sparse]' in the checkout of flash_jax"
+        ) from error
     n = len(w)
     capacity = np.zeros((n + 2, n + 2), np.int32)
     total = w.sum()
