@@ -189,12 +189,21 @@ def as_affinity(x: Any, name: str = "affinity") -> Array:
     return jnp.maximum(jnp.asarray(x).astype(np.float32), 0)
 
 
-def over_leading_axes(f: Callable[..., Any], rank: int) -> Callable[..., Any]:
-    """f of arrays with ``rank`` axes, made one of arrays with any number of axes in front."""
+def over_leading_axes(f: Callable[..., Any], *ranks: int) -> Callable[..., Any]:
+    """f of arrays of these ranks, made one of arrays with further axes in front, which broadcast.
 
-    def mapped(x: Array) -> Any:
-        leading = x.shape[:-rank]
-        results = jax.vmap(f)(x.reshape(-1, *x.shape[-rank:]))
+    In f no array is of a lower rank than another where they meet, which
+    ``jax_numpy_rank_promotion="raise"`` would refuse.
+    """
+
+    def mapped(*arrays: Array) -> Any:
+        own = [x.shape[x.ndim - rank :] for x, rank in zip(arrays, ranks, strict=True)]
+        leading = np.broadcast_shapes(
+            *(x.shape[: x.ndim - rank] for x, rank in zip(arrays, ranks, strict=True))
+        )
+        several = (jnp.broadcast_to(x, leading + y) for x, y in zip(arrays, own, strict=True))
+        several = (x.reshape(-1, *y) for x, y in zip(several, own, strict=True))
+        results = jax.vmap(f)(*several)
         return jax.tree.map(lambda y: y.reshape(*leading, *y.shape[1:]), results)
 
     return mapped

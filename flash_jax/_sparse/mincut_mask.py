@@ -33,7 +33,7 @@ from .affinity import block_affinity
 from .budget import keep_best
 from .choice import kept_always
 from .importance import allowed, pooled
-from .mincut import MincutParts, as_affinity, mincut_parts
+from .mincut import MincutParts, as_affinity, mincut_parts, over_leading_axes
 from .signal import MincutSignal, as_labels, next_to_boundary, same_part
 
 MIN_TOKENS = 16  # below these, and below two parts, the mask is dense
@@ -118,10 +118,17 @@ def mincut_mask(
     scores = affinity if scores is None else as_affinity(scores, "scores")
     if scores.shape[-1] != n:
         raise ValueError(f"scores must be (..., {n}, {n}) as affinity; its shape is {scores.shape}")
-    table = mincut_table(labels, scores, share, near, is_causal)
+    try:
+        np.broadcast_shapes(signal.cut_value.shape, scores.shape[:-2], share.shape)
+    except ValueError:
+        raise ValueError(
+            "scores and density must broadcast with affinity but for its last two axes; their "
+            f"shapes are {scores.shape} and {share.shape}, that of affinity is {affinity.shape}"
+        ) from None
     weak = signal.cut_value < as_scale("min_cut", min_cut)
     dense = (signal.parts < 2) | weak | (T < MIN_TOKENS)
-    sparse = BlockSparseMask(table | dense[..., None, None], (block_size, block_size))
+    table = mincut_table(labels, scores, share, dense, near, is_causal)
+    sparse = BlockSparseMask(table, (block_size, block_size))
     return sparse & CausalMask() if is_causal else sparse
 
 
@@ -134,11 +141,12 @@ def checked_density(density: Any) -> Array:
     return density.astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
 def mincut_table(
     labels: Array,
     scores: Array,
     density: Array,
+    dense: Array,
     near: int | None,
     is_causal: bool,
     sinks: int = 1,
@@ -151,30 +159,47 @@ def mincut_table(
         scores: float32 (..., n, n), >= 0.
         density: float32 (...), the share of tiles to keep; rounded down, but no tile of the first
             kind is left out.
+        dense: bool (...), whether to keep all.
         near: blocks on either side of a boundary among which landmarks are; None: all.
         is_causal: whether tiles above the diagonal are none.
         sinks: how many first tiles of a row are kept in any case.
         band: how many tiles from the diagonal on, itself included, are kept in any case.
     """
     n = labels.shape[-1]
-    blocks = BlockSizes(1, 1)
-    exists = allowed(n, n, blocks, is_causal)
-    always = exists & kept_always(n, n, blocks, is_causal, sinks, band)
+    exists = allowed(n, n, BlockSizes(1, 1), is_causal)
+    always = exists & kept_always(n, n, BlockSizes(1, 1), is_causal, sinks, band)
+    of_one = functools.partial(_table_of_one, near=near, exists=exists, always=always)
+    return over_leading_axes(of_one, 1, 2, 0, 0)(labels, scores, density, dense)
+
+
+def _table_of_one(
+    labels: Array,
+    scores: Array,
+    density: Array,
+    dense: Array,
+    *,
+    near: int | None,
+    exists: np.ndarray,
+    always: np.ndarray,
+) -> Array:
+    n = labels.shape[0]
     i, j = (lax.broadcasted_iota(np.int32, (n, n), axis) for axis in (0, 1))
     nearness = 1 - jnp.abs(i - j).astype(np.float32) / n  # in (0, 1]
-    highest = jnp.max(scores, axis=(-1, -2), keepdims=True)
+    highest = jnp.max(scores)
     # Ranks: landmarks in (0, 1], tiles of one part in (1, 2], and what is always kept 3.
     tiny = np.float32(np.finfo(np.float32).tiny)
     rank = jnp.maximum(scores / jnp.where(highest > 0, highest, 1), tiny)
     if near is not None:
         at = next_to_boundary(labels, near)
-        rank = jnp.where(at[..., :, None] & at[..., None, :], rank, 0)
+        rank = jnp.where(at[:, None] & at[None], rank, 0)
     rank = jnp.where(same_part(labels), 1 + nearness, rank)
     rank = jnp.where(exists, jnp.where(always, np.float32(3), rank), 0)
     # One part in a million more: 0.3 of 10 tiles are 3, though float32 has 0.3 a little smaller.
     wanted = jnp.floor(density * np.float32(exists.sum() * (1 + 1e-6)))
     needed, tiles = np.int32(always.sum()), np.int32(exists.sum())
-    return keep_best(rank, jnp.clip(wanted.astype(np.int32), needed, tiles))
+    return keep_best(rank, jnp.clip(wanted.astype(np.int32), needed, tiles)) | (
+        dense[None, None] & exists
+    )
 
 
 def mincut_tiles(
@@ -204,4 +229,5 @@ def mincut_tiles(
     labels = mincut_parts(block_affinity(query, key, block_size)).labels
     scores = pooled(query, key, BlockSizes(block_size, block_size), scale, is_causal)
     share = jnp.asarray(density, np.float32)
-    return mincut_table(labels, scores, share, None, is_causal, sinks, band)
+    sparse = jnp.full((), False)
+    return mincut_table(labels, scores, share, sparse, None, is_causal, sinks, band)

@@ -3,11 +3,13 @@
 A low cut says that the parts have little to do with one another: few tiles between them are worth
 reading. A high one says that the parts are parts of a whole. The schedules turn that into a
 density, the share of tiles to keep. They and their constants are those of the system that this
-library grew from, whose cuts range from 0 to 300.
+library grew from, whose cuts range from 0 to 300; but the threshold, which it leaves to the user,
+is where the adaptive schedule stops growing.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from jax.typing import ArrayLike
 
 from .._checks.bind import of_kind
 from .._checks.numbers import natural_number
-from .mincut import MincutParts, as_affinity
+from .mincut import MincutParts, as_affinity, over_leading_axes
 
 UNSTRUCTURED = 300.0  # the value of a cut of an affinity without structure
 
@@ -87,7 +89,8 @@ class MincutSignal(NamedTuple):
         before = previous.cut_value if isinstance(previous, MincutSignal) else None
         if previous is not None and before is None:
             raise TypeError(f"previous must be a MincutSignal or None; it is {previous!r}")
-        return cls(*_measured(affinity, labels, before, near))
+        cut, *others = _measured(affinity, labels, near)
+        return cls(cut, cut if before is None else before, *others)
 
     def linear_density(
         self,
@@ -96,8 +99,7 @@ class MincutSignal(NamedTuple):
         least: float = 0.1,
         most: float = 0.9,
     ) -> Array:
-        """The density (...) from ``least`` where the cut is ``low`` to ``most`` where it is
-        ``high``.
+        """The density (...): ``least`` at a cut of ``low``, ``most`` at ``high``, linear between.
 
         Raises:
             ValueError: low is not below high.
@@ -162,50 +164,43 @@ def as_labels(parts: Any, affinity: Array) -> Array:
 
 
 def next_to_boundary(labels: Array, near: int) -> Array:
-    """(..., n) bool: at most ``near`` blocks from the end of a part on either side, 0 among them.
+    """(n,) bool of labels (n,): which blocks i lie next to a boundary b, b - near <= i < b + near.
 
-    Block i lies at boundary b for b - near <= i < b + near. The sequence begins with a boundary.
+    The sequence begins with a boundary.
     """
-    n = labels.shape[-1]
-    begins = labels[..., 1:] != labels[..., :-1]
-    begins = jnp.concatenate(
-        [jnp.full_like(begins, True, shape=(*labels.shape[:-1], 1)), begins], -1
-    )
-    i = lax.iota(np.int32, n)
+    begins = jnp.concatenate([jnp.full_like(labels[:1], True, bool), labels[1:] != labels[:-1]])
+    i = lax.iota(np.int32, labels.shape[0])
     away = i[:, None] - i[None]  # of block i from a part that begins at j
-    touches = (away >= -near) & (away < near)
-    return jnp.any(touches & begins[..., None, :], axis=-1)
+    return jnp.any((away >= -near) & (away < near) & begins[None], axis=1)
 
 
-@jax.jit
 def same_part(labels: Array) -> Array:
     """(..., n, n) bool: whether two blocks are of one part."""
     return labels[..., :, None] == labels[..., None, :]
 
 
-def _measure(affinity: Array, labels: Array, previous: Array | None, near: int) -> tuple[Any, ...]:
-    n = affinity.shape[-1]
-    w = (affinity + jnp.swapaxes(affinity, -1, -2)) / 2
+@functools.partial(jax.jit, static_argnums=2)
+def _measured(affinity: Array, labels: Array, near: int) -> tuple[Array, Array, Array, Array]:
+    return over_leading_axes(functools.partial(_of_one, near=near), 2, 1)(affinity, labels)
+
+
+def _of_one(affinity: Array, labels: Array, *, near: int) -> tuple[Array, Array, Array, Array]:
+    """Cut value, boundary edges, boundary concentration and number of parts of one sequence."""
+    n = affinity.shape[0]
+    w = (affinity + affinity.T) / 2
     same = same_part(labels)
     i, j = (lax.broadcasted_iota(np.int32, (n, n), axis) for axis in (0, 1))
-    first = ~jnp.any(same & (j < i), axis=-1)  # of its part
-    parts = jnp.sum(first, axis=-1, dtype=np.int32)
+    parts = n - jnp.sum(jnp.any(same & (j < i), axis=1), dtype=np.int32)  # blocks that are first
 
     across = jnp.where(same, np.float32(0), w)
-    volume = jnp.sum(jnp.where(same, jnp.sum(w, axis=-1)[..., None, :], 0), axis=-1)
-    share = jnp.sum(across, axis=-1) / jnp.where(volume > 0, volume, 1)
-    shape = np.broadcast_shapes(w.shape[:-2], labels.shape[:-1])
-    cut = jnp.broadcast_to(jnp.sum(share, axis=-1), shape)
-    cut = np.float32(UNSTRUCTURED) * cut / jnp.maximum(parts - 1, 1).astype(np.float32)
+    volume = jnp.sum(jnp.where(same, jnp.sum(w, axis=1, keepdims=True), 0), axis=0)
+    share = jnp.sum(across, axis=1) / jnp.where(volume > 0, volume, 1)
+    further = jnp.maximum(parts - 1, 1).astype(np.float32)
+    cut = np.float32(UNSTRUCTURED) * jnp.sum(share) / further
 
-    mean = jnp.sum(jnp.where(i == j, 0, w), axis=(-1, -2), keepdims=True) / max(n * (n - 1), 1)
-    edges = jnp.sum((w > mean) & ~same & (j < i), axis=(-1, -2), dtype=np.int32)
+    mean = jnp.sum(jnp.where(i == j, 0, w)) / max(n * (n - 1), 1)
+    edges = jnp.sum((w > mean) & ~same & (j < i), dtype=np.int32)
     at = next_to_boundary(labels, near)
-    there = jnp.where(at[..., :, None] & at[..., None, :], across, 0)
-    total = jnp.sum(across, axis=(-1, -2))
-    concentration = jnp.sum(there, axis=(-1, -2)) / jnp.where(total > 0, total, 1)
-    before = cut if previous is None else jnp.asarray(previous, np.float32)
-    return cut, before, edges, concentration, jnp.broadcast_to(parts, shape)
-
-
-_measured = jax.jit(_measure, static_argnums=3)
+    there = jnp.where(at[:, None] & at[None], across, 0)
+    total = jnp.sum(across)
+    return cut, edges, jnp.sum(there) / jnp.where(total > 0, total, 1), parts

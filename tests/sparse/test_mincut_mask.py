@@ -188,6 +188,14 @@ def test_it_is_a_method_of_sparse_prefill(rng):
     np.testing.assert_array_equal(wide[0], (i >= j) & ((j < 2) | (i - j < 3)))
 
 
+def test_strict_promotion_of_ranks_and_dtypes_is_met(rng):
+    affinity = random_affinity(rng, LABELS["runs"], 2, 1).astype(np.float32)
+    scores = rng.random((2, K, 9, 9)).astype(np.float32)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        mask = mincut_mask(affinity, T, BLOCK, scores=scores, parts=np.array(LABELS["runs"]))
+        assert mask.a.table.shape == (2, K, 9, 9)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,7 +216,7 @@ def test_the_method_has_its_own_errors(change, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"T": 60}, ValueError, r"affinity must be .* T / block_size = 20.*\(3, 3\)"),
+        ({"T": 60}, ValueError, r"affinity must be .* T / block_size = 20.*\(3, 1, 3, 3\)"),
         ({"T": 0}, ValueError, "T must be > 0; it is 0"),
         ({"block_size": 2.0}, TypeError, "block_size must be an integer; it is 2.0"),
         ({"density": 0.0}, ValueError, "density must be finite in float32 and > 0"),
@@ -216,6 +224,7 @@ def test_the_method_has_its_own_errors(change, message):
         ({"density": "half"}, TypeError, "density must be"),
         ({"scores": np.ones((2, 2))}, ValueError, r"scores must be .*3, 3.*\(2, 2\)"),
         ({"scores": -np.ones((3, 3))}, ValueError, "scores must have finite entries >= 0"),
+        ({"density": np.full((2, 3), 0.5)}, ValueError, r"scores and density must .*\(2, 3\)"),
         ({"parts": np.zeros(2, int)}, ValueError, "parts must have labels"),
         ({"near": -1}, ValueError, "near must be >= 0; it is -1"),
         ({"is_causal": 1}, TypeError, "is_causal must be a bool"),
@@ -223,6 +232,6 @@ def test_the_method_has_its_own_errors(change, message):
     ],
 )
 def test_errors_name_the_argument(change, error, message):
-    arguments = {"affinity": np.ones((3, 3)), "T": 9, "block_size": 3, "parts": [0, 0, 1]}
+    arguments = {"affinity": np.ones((3, 1, 3, 3)), "T": 9, "block_size": 3, "parts": [0, 0, 1]}
     with refused(error, message):
         mincut_mask(**(arguments | change))
