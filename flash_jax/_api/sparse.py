@@ -183,8 +183,8 @@ def sparse_prefill(
     The cost is that of attention times the density, and of the choice: "antidiagonal" takes
     1 / (2 * stride) of the operations of full attention, 3 % by default, and memory for the scores
     of a row of blocks, T S / stride^2 / (T / block_q) numbers per head; "pooled" takes
-    T S / (block_q * block_kv) scores per head, and "mincut" a little more. Blocks of less than 64
-    positions cost more per pair.
+    T S / (block_q * block_kv) scores per head, and "mincut" a little more. Small blocks cost more
+    per pair.
 
     Args:
         query: as in ``flash_attention``, and so are key, value and scale.

@@ -43,7 +43,7 @@ class BlockSparseMask(Mask):
             axis B in front of that, or 1 for any of them. Head n of N query heads has table n, or
             table n // (N // K) of K. It may be traced, and its values may change without a new
             compilation.
-        block_sizes: (block_q, block_kv), positions per block. 64 and more are fast.
+        block_sizes: (block_q, block_kv), positions per block. Large ones are faster.
 
     Raises:
         ValueError: a block size is not positive; at the call, where the table does not fit.

@@ -46,6 +46,21 @@ RATIOS = {
         Case("", "", 8, 2048, 8, 8, 64),
         "<= 0.45",
     ),
+    "25 % of blocks / all, 8192": (
+        CASES["sparse-8k"],
+        Case("", "", 1, 8192, 8, 8, 64),
+        "<= 0.35",
+    ),
+    "25 % of blocks / all, 8192, training": (
+        CASES["train-sparse-8k"],
+        Case("", "", 1, 8192, 8, 8, 64, gradient=True),
+        "<= 0.40",
+    ),
+    "10 % of blocks / all, 32768": (
+        Case("", "", 1, 32768, 8, 8, 64, density=0.1),
+        Case("", "", 1, 32768, 8, 8, 64),
+        "<= 0.15",
+    ),
     "GQA 32/8 / 32/32 heads": (
         CASES["gqa-2k"],
         Case("", "", 1, 2048, 32, 32, 128, True),

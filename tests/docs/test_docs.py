@@ -18,7 +18,7 @@ NAMES = [
     if not name.startswith("_") and not inspect.ismodule(x)
 ]
 # How masks answer the kernels, in terms of a QueryTile, which is not public.
-OF_THE_KERNELS = {"array_axes", "bind", "keep", "padded", "read_keys", "tiles"}
+OF_THE_KERNELS = {"array_axes", "bind", "keep", "listed", "padded", "read_keys", "tiles"}
 
 
 def routines(name):

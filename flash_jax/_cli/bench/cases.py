@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DTYPES = ("float32", "bfloat16")
+BLOCK = 128  # positions of a block of a sparse case, queries and keys
 
 
 class Case(NamedTuple):
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     keys: int | None = None  # None means as many as queries
     dtype: str = "float32"
     devices: int = 1  # that libraries of JAX divide the work over
+    density: float | None = None  # the share of its blocks that each row of blocks keeps, at random
 
     @property
     def S(self) -> int:  # noqa: N802
@@ -50,7 +52,19 @@ class Case(NamedTuple):
         if self.filled is not None:
             lengths = np.array(self.filled, np.int32)
             options |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        if self.density is not None:
+            from flash_jax import BlockSparseMask  # a peer's process may have no JAX
+
+            options["mask"] = BlockSparseMask(self.table, (BLOCK, BLOCK))
         return options
+
+    @property
+    def table(self) -> np.ndarray:
+        """Which blocks are kept, (N, T / block, S / block): equally many in every row."""
+        assert self.density is not None
+        rows, columns = self.T // BLOCK, self.S // BLOCK
+        order = np.random.default_rng(1).random((self.N, rows, columns)).argsort(axis=-1)
+        return order < round(self.density * columns)
 
     @property
     def bound_by_memory(self) -> bool:
@@ -63,6 +77,8 @@ class Case(NamedTuple):
             return float(self.T * np.sum(self.filled))
         if self.window is not None:
             return self.B * (self.T * (self.window + 1) - self.window * (self.window + 1) / 2)
+        if self.density is not None:
+            return self.B * float(np.sum(self.table)) * BLOCK**2 / self.N
         length, keys = self.T // self.documents, self.S // self.documents
         one = length * (length + 1) / 2 if self.is_causal else length * keys
         return float(self.B * self.documents * one)
@@ -104,6 +120,7 @@ CASES = {
         Case("gqa-2k", "grouped queries", 1, 2048, 32, 8, 128, True),
         Case("window-8k", "sliding window of 256", 1, 8192, 8, 8, 64, True, window=256),
         Case("packed-8k", "four documents in a row", 1, 8192, 8, 8, 64, True, documents=4),
+        Case("sparse-8k", "a quarter of the blocks of 128", 1, 8192, 8, 8, 64, density=0.25),
         Case("padded-2k", "a batch at 25 % fill", 8, 2048, 8, 8, 64, filled=(512,) * 8),
         Case("short-512", "short text", 1, 512, 8, 8, 64),
         Case("odd-1009", "a length that no tile divides", 1, 1009, 8, 8, 64),
@@ -116,6 +133,13 @@ CASES = {
         Case("speculate-16k", "eight tokens at once", 1, 8, 32, 8, 128, keys=16384),
         Case("train-2k", "forward and backward", 1, 2048, 8, 8, 64, gradient=True),
         Case("train-causal-2k", "the same, causal", 1, 2048, 8, 8, 64, True, gradient=True),
+        Case(
+            "train-sparse-8k",
+            "the same, a quarter of the blocks",
+            *(1, 8192, 8, 8, 64),
+            gradient=True,
+            density=0.25,
+        ),
         Case("train-4k", "the same, large", 1, 4096, 8, 8, 128, gradient=True),
         Case("train-384", "the same, passages", 16, 384, 12, 12, 32, gradient=True),
         Case("train-128", "the same, sentences", 32, 128, 12, 12, 64, gradient=True),

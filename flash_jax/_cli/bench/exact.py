@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cases import Case
+from .cases import BLOCK, Case
 
 _CHECKED_ROWS = 64
 
@@ -60,7 +60,9 @@ def exact_rows(case: Case, rows: np.ndarray, inputs: list[np.ndarray]) -> np.nda
 
 
 def _kept(case: Case, rows: np.ndarray) -> np.ndarray:
-    """Tells which pairs of some queries and all keys are kept, (1 or B, 1, rows, S)."""
+    """Tells which pairs of some queries and all keys are kept, (1 or B, 1 or N, rows, S)."""
+    if case.density is not None:
+        return np.repeat(case.table[:, rows // BLOCK], BLOCK, axis=-1)[None]
     t, s = rows[:, None], np.arange(case.S)
     keep = (s <= t) if case.is_causal else np.ones((len(rows), case.S), bool)
     if case.window is not None:

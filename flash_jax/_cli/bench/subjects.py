@@ -52,8 +52,12 @@ def _decodes(case: Case) -> bool:
     return case.keys is not None and _no_options(case)
 
 
+def _jax_nn_can(case: Case) -> bool:
+    return case.documents == 1 and case.density is None
+
+
 def _torch_can(case: Case) -> bool:
-    return case.documents == 1 and case.filled is None
+    return case.documents == 1 and case.filled is None and case.density is None
 
 
 def _onnxruntime_can(case: Case) -> bool:
@@ -72,7 +76,7 @@ def _no_options(case: Case) -> bool:
 SUBJECTS = {
     OURS: Entry(".jax_subjects", "ours", lambda _: True),
     OURS_INT8: Entry(".jax_subjects", "ours_int8", lambda case: not case.gradient, coarse=0.1),
-    "jax.nn": Entry(".jax_subjects", "jax_nn", lambda case: case.documents == 1),
+    "jax.nn": Entry(".jax_subjects", "jax_nn", _jax_nn_can),
     "flash_jax cache": Entry(".jax_subjects", "ours_cached", _decodes),
     "flash_jax cache int8": Entry(".jax_subjects", "ours_cached_int8", _decodes, coarse=0.1),
     TORCH: Entry(".peers", "torch_attention", _torch_can, ("torch",)),
