@@ -23,11 +23,11 @@ CALLS = [
     (7, 13, jnp.float32, False, [odd]),
     (7, 13, jnp.float32, True, [long]),
     (129, 257, jnp.float32, False, [rule]),
-    (129, 257, jnp.float32, True, [rule, long, odd]),
-    (129, 257, jnp.bfloat16, False, [long, odd]),
-    (129, 257, jnp.bfloat16, True, [rule]),
+    (129, 257, jnp.float32, True, [rule, odd]),
+    (129, 257, jnp.bfloat16, False, [odd]),
+    (129, 257, jnp.bfloat16, True, [rule, long]),
     (129, 257, jnp.float16, False, [rule]),
-    (129, 257, jnp.float16, True, [long, odd]),
+    (129, 257, jnp.float16, True, [odd]),
     (1, 1, jnp.float32, False, [rule]),
     (128, 128, jnp.float32, True, [long]),
     (257, 129, jnp.float32, True, [odd]),
@@ -67,7 +67,7 @@ def test_float64_is_summed_in_float64(is_causal, rng):
     assert max_error(out, numpy_attention(q, k, v, is_causal=is_causal)[0]) < 1e-14
 
 
-@pytest.mark.parametrize("H", [1, 2, 17, 64, 130])
+@pytest.mark.parametrize("H", [1, 17, 130])
 def test_any_head_size(H, rng):
     q, k, v = random_qkv(rng, N=2, T=19, S=23, H=H)
     exact, _ = numpy_attention(q, k, v)

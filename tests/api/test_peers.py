@@ -46,17 +46,13 @@ def assert_agrees(results, peers, tolerance=3e-6):
 
 SHARED = {
     "nothing": lambda rng: {},
-    "bias": lambda rng: {"bias": normal(rng, B, N, T, S), "mask": mask(rng, S)},
-    "bias of rank 1": lambda rng: {"bias": normal(rng, S), "mask": mask(rng, B, N, T, S)},
+    "bias of rank 1": lambda rng: {"bias": normal(rng, S), "mask": mask(rng, N, 1, S)},
     "bias of rank 3": lambda rng: {"bias": normal(rng, N, T, 1), "mask": mask(rng, T, S)},
-    "mask of rank 3": lambda rng: {"mask": mask(rng, N, 1, S)},
     "scale": lambda rng: {"scale": 0.3},
     "traced scale": lambda rng: {"scale": jnp.float32(0.3)},
-    "causal": lambda rng: {"is_causal": True},
     "lengths of keys": lambda rng: {"key_value_seq_lengths": int32(5, 17)},
-    "window": lambda rng: {"local_window_size": 3},
     "window (left, right)": lambda rng: {"local_window_size": (2, 7)},
-    "causal window": lambda rng: {"local_window_size": (4, 4), "is_causal": True},
+    "causal window": lambda rng: {"local_window_size": 4, "is_causal": True},
     "implementation": lambda rng: {"implementation": "xla"},
     "all": lambda rng: {
         "bias": normal(rng, B, N, T, S),

@@ -32,7 +32,7 @@ def test_what_lies_beyond_the_lengths_changes_nothing(garbage, rng):
         np.testing.assert_array_equal(x, y)
 
 
-HIDING = "padding mask", "bias", "lengths", "causal", "window", "segments", "both", "either"
+HIDING = "padding mask", "bias", "lengths", "causal", "segments", "either"
 
 
 def some_hidden(name, hidden):
@@ -43,13 +43,11 @@ def some_hidden(name, hidden):
         "bias": {"bias": np.where(kept, 0, -np.inf).astype(np.float32)},
         "lengths": {"key_value_seq_lengths": int32(*[S - hidden] * B)},
         "causal": {"is_causal": True, "query_offset": S - hidden - T},
-        "window": {"local_window_size": (S, 2), "query_offset": S - hidden - T - 2},
         "segments": {
             "query_segment_ids": np.full((B, T), 3),
             "key_value_segment_ids": np.broadcast_to(np.where(kept, 3, 7), (B, S)),
         },
-        "both": {"mask": LengthMask(kv=S - hidden) & WindowMask(S, S)},
-        "either": {"mask": LengthMask(kv=S - hidden) | PrefixMask(2)},
+        "either": {"mask": (LengthMask(kv=S - hidden) & WindowMask(S, S)) | PrefixMask(2)},
     }[name]
 
 
@@ -65,8 +63,6 @@ def test_keys_and_values_that_no_query_reads_change_nothing(name, garbage, rng):
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x, y)
     offset = {"is_causal": True, "query_offset": S - 4 - T} if name == "causal" else {}
-    if name == "window":
-        offset = {"local_window_size": (S, 2), "query_offset": S - 4 - T - 2}
     exact = attention(query, key[:, :-4], value[:, :-4], **offset)[0]
     assert relative_error(after[0], exact) < 0.03
 
