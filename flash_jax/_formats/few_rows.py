@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._passes.operands import Dimensions, Operands, q_tile
+from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.load import slice_tile
@@ -51,13 +51,15 @@ def _streaming_products(
     columns = of_all_heads(q)
 
     def positions(x: Array, j: Array) -> Array:
-        """(block_kv, heads, H) of key tile j."""
+        """(width, heads, H) of key tile j."""
+        if tile.wide is not None:
+            return jnp.swapaxes(kv_tile(plan, tile, x, j, x.dtype), 0, 1)
         start, size = tile.kv.start(j), tile.kv.block
         return slice_tile(plan.kv_layout, x, tile.entry_of(x), tile.head, tile.heads, start, size)
 
     def scores(j: Array) -> Array:
         k = positions(operands.k, j).astype(dtype)
-        together = dot(k.reshape(tile.kv.block, -1), columns, -1, acc)
+        together = dot(k.reshape(tile.width, -1), columns, -1, acc)
 
         def head_by_head() -> Array:
             # Of one row XLA would convert 16-bit keys, all of them and whether needed or not.
@@ -71,7 +73,7 @@ def _streaming_products(
 
         finite = in_every_element(jnp.isfinite(jnp.sum(together * 0)))
         s = lax.cond(finite, lambda: together, mend)
-        s = s.T.reshape(tile.heads, tile.rows, tile.kv.block)
+        s = s.T.reshape(tile.heads, tile.rows, tile.width)
         return s if dtype == acc else rounded(s * tile.of_instance(operands.scores.scale))
 
     return Products(

@@ -118,10 +118,11 @@ class BlockSparseMask(Mask):
         met, size = rows_met(self.block_sizes[0], tile), np.int32(self.block_sizes[1])
         first, last = tile.keys.first // size, tile.keys.last // size
         count = most_met(tile.kv.block, self.block_sizes[1], _origin(tile, "key") is None)
-        columns = (jnp.minimum(first + np.int32(i), last) for i in range(count))
-        kept = jnp.stack([_kept(self, tile, met, x) for x in columns])
-        some, every = (f(kept, axis=(0, 3), keepdims=True) for f in (jnp.any, jnp.all))
-        return some[0], every[0]
+        columns = jnp.minimum(first[..., None] + lax.iota(np.int32, count), last[..., None])
+        kept = _kept(self, tile, met, columns.reshape(*first.shape[:3], -1))
+        kept = kept.reshape(*kept.shape[:3], -1, count)
+        some, every = (f(kept, axis=(2, 4), keepdims=True) for f in (jnp.any, jnp.all))
+        return some[..., 0], every[..., 0]
 
     @property
     def blocks(self) -> BlockSizes:

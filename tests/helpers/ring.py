@@ -128,10 +128,10 @@ def by_masks(attend, x):
 
 
 def by_blocks(attend, x):
-    """The table is of the whole sequences, and its blocks lie on two devices."""
-    table = np.random.default_rng(5).random((N, 3, 3)) < 0.6
+    """The table is of the whole sequences, and blocks of it lie on two devices."""
+    table = np.random.default_rng(5).random((N, 3, 6)) < 0.6
     qkv = (x[name] for name in ("query", "key", "value"))
-    return attend(*qkv, mask=BlockSparseMask(table, (5, 6)), is_causal=True)
+    return attend(*qkv, mask=BlockSparseMask(table, (5, 3)), is_causal=True)
 
 
 def mapped(attend, x):
