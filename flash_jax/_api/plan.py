@@ -63,10 +63,14 @@ def plan_floats(
     """
     B, N, T, H = layout.sizes(query)
     _, K, S, _ = layout.sizes(key)
+    # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
+    if H == 1 or query.dtype == np.float64 or dropout_rate:
+        kernel = None
+    kernel = _tiles_of_kernels(here, kernel, B, N, T, S)
     if kv_layout is None:
         # Keys that are read more than once come into order by head first.
-        read_once = known(T) and blocks.q >= T
-        kv_layout = layout if read_once else Layout.HEADS_FIRST
+        at_once = blocks.q if kernel is None else min(blocks.q, kernel.q)
+        kv_layout = layout if known(T) and at_once >= T else Layout.HEADS_FIRST
     dtype = _multiplied(query.dtype, here)
     q, kv, step_scores = Axis.of(T, blocks.q), Axis.of(S, blocks.kv), score_bytes(here) // 4
     number_format, columns = Floats(dtype), False
@@ -75,10 +79,8 @@ def plan_floats(
         if few_rows(rows, heads_per_step(step_scores, K, rows * kv.block)):
             number_format = FewRows(dtype)
             columns = dtype == jnp.bfloat16 and few_rows(rows, K) and not dropout_rate
-    # A kernel has no product of size 1, no float64, and no sum beside dropped probabilities.
-    if H == 1 or dtype == np.float64 or dropout_rate or not isinstance(number_format, Floats):
+    if not isinstance(number_format, Floats):
         kernel = None
-    kernel = _tiles_of_kernels(here, kernel, B, N, T, S)
     plan = Plan(
         blocks=blocks,
         layout=layout,

@@ -28,6 +28,7 @@ _MOST_COLUMNS = 64
 # Of one kernel per tile: rows of a task, keys that it takes at the most, bytes of all tasks.
 _TASK_ROWS = 512
 _TASK_KEYS = 4096
+_FEWEST_TASKS = 8
 _FEWEST_QUERIES = 128
 _SCRATCH = 64 * 2**20
 # Symbolic lengths get the tiles of this one: a shorter sequence is padded to it.
@@ -111,7 +112,8 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     """Tiles for a problem where a tile is one kernel.
 
     A kernel is cut into tasks of some 512 rows of one key/value head, whose scores it holds. A step
-    should have two tasks per core, and not more rows than that, unless it has few keys.
+    should have two tasks per core, and at least eight, but not more rows than that, unless it has
+    few keys: the quotient of the softmax is in the kernel where there are so many rows.
     """
     T, S = max(problem.T, 1), max(problem.S, 1)
     most = max(16, min(_TASK_KEYS, _SCRATCH // (4 * _TASK_ROWS * machine.cores)))
@@ -123,7 +125,7 @@ def kernel_blocks(machine: Machine, problem: Problem) -> BlockSizes:
     if problem.dtype != "float32":  # each step brings ones beside the values
         most = max(16, most // 2)
     whole = most >= S
-    tasks = math.ceil(2 * machine.cores / problem.heads) * (1 if whole else 2)
+    tasks = math.ceil(max(_FEWEST_TASKS, 2 * machine.cores) / problem.heads) * (1 if whole else 2)
     block_q = max(_FEWEST_QUERIES, min(_MAX_BLOCK_Q, _TASK_ROWS * tasks) // problem.groups)
     return BlockSizes(_even(T, block_q), S if whole else _even(S, min(most, _MAX_BLOCK_KV)))
 

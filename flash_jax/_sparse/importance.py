@@ -19,6 +19,8 @@ from jax import numpy as jnp
 
 from .._tiles.tile import BlockSizes
 
+_CELLS = 128  # rows of cells at a time: fewer would take longer to read the keys than to multiply
+
 
 def pooled(query: Array, key: Array, blocks: BlockSizes, scale: Array, is_causal: bool) -> Array:
     """The importance of blocks, (B, K, T / block_q, S / block_kv) float32; rows sum to 1.
@@ -45,32 +47,35 @@ def antidiagonal(
 
     A cell's sum is one product of vectors: of its queries in reverse order, and its keys, each
     laid end to end. So the scores take T S / stride products of heads, and T S / stride^2 numbers,
-    of one row of blocks at a time.
+    of some rows of blocks at a time.
 
     Args:
         stride: divides both block sizes.
     """
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     rows, columns = (-(-n // block) for n, block in zip((T, S), blocks, strict=True))
-    cells = BlockSizes(stride, stride)
-    q = _in_blocks(query.astype(np.float32) * scale, blocks.q)
-    q = jnp.flip(q.reshape(B, rows, blocks.q // stride, stride, N, H), axis=3)
-    q = jnp.moveaxis(q, (1, 4), (0, 2)).reshape(rows, B, N, -1, stride * H)
+    cells, height = BlockSizes(stride, stride), blocks.q // stride
+    together = min(rows, -(-_CELLS // height))  # rows of blocks
+    steps = -(-rows // together)
+    q = _in_blocks(query.astype(np.float32) * scale, together * blocks.q)
+    q = jnp.flip(q.reshape(B, steps, together * height, stride, N, H), axis=3)
+    q = jnp.moveaxis(q, (1, 4), (0, 2)).reshape(steps, B, N, -1, stride * H)
     k = _in_blocks(key.astype(np.float32), blocks.kv).reshape(B, -1, stride, K, H)
     k = jnp.moveaxis(k, 3, 1).reshape(B, K, -1, stride * H)
-    real = _met(T, S, cells, rows * blocks.q // stride, columns * blocks.kv // stride, is_causal)
-    real = real.reshape(rows, blocks.q // stride, -1)
+    real = _met(T, S, cells, steps * together * height, k.shape[2], is_causal)
+    real = real.reshape(steps, together * height, -1)
 
-    def of_row(x: tuple[Array, Array]) -> Array:
+    def of_rows(x: tuple[Array, Array]) -> Array:
         q, real = x
         s = _products(q, k) / np.float32(stride)
         p = _softmax(jnp.where(real, s, -jnp.inf))
-        p = p.reshape(*p.shape[:-1], columns, -1)
+        p = jnp.sum(p.reshape(B, N, together, height, columns, -1), axis=(3, 5))
         # Of the queries that exist: padded ones read nothing.
-        return jnp.sum(p, axis=(2, 4)) / jnp.maximum(1, jnp.sum(jnp.any(real, axis=-1)))
+        count = jnp.sum(jnp.any(real, axis=-1).reshape(together, height), axis=-1)
+        return p / jnp.maximum(1, count)[:, None]
 
-    found = jnp.moveaxis(lax.map(of_row, (q, real)), 0, 2)
-    return _of_key_heads(found, N // K)
+    found = jnp.moveaxis(lax.map(of_rows, (q, real)), 0, 2).reshape(B, N, -1, columns)
+    return _of_key_heads(found[:, :, :rows], N // K)
 
 
 def allowed(T: int, S: int, blocks: BlockSizes, is_causal: bool) -> np.ndarray:

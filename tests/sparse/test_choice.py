@@ -81,6 +81,16 @@ def test_scores_of_blocks_are_their_definition(method, is_causal, rng):
     assert alone.shape == (K, 6, 13)
 
 
+def test_long_sequences_are_scored_in_several_steps(rng):
+    q, k = qk(rng, T=301, S=26)
+    found = block_scores(q[:1, :, :2], k[:1, :, :1], block_sizes=BLOCKS, stride=2)
+    heads = [
+        by_definition(q[0, :, g].astype(np.float64), k[0, :, 0].astype(np.float64), "", False, 2)
+        for g in range(2)
+    ]
+    assert max_error(found[0, 0], np.mean(heads, axis=0)) < 1e-6
+
+
 def always(is_causal, sinks=1, band=1):
     t, s = np.arange(6)[:, None] * BLOCKS[0], np.arange(13) * BLOCKS[1]
     last = np.minimum(t + BLOCKS[0], T) - 1
