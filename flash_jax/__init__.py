@@ -44,5 +44,11 @@ from ._masks.segments import SegmentMask as SegmentMask
 from ._masks.sparse import BlockSparseMask as BlockSparseMask
 from ._masks.view import BlockSchedule as BlockSchedule
 from ._masks.view import block_schedule as block_schedule
+from ._sparse.affinity import block_affinity as block_affinity
+from ._sparse.graph_cut import mincut_labels as mincut_labels
+from ._sparse.mincut import MincutParts as MincutParts
+from ._sparse.mincut import mincut_parts as mincut_parts
+from ._sparse.mincut_mask import mincut_mask as mincut_mask
+from ._sparse.signal import MincutSignal as MincutSignal
 from ._tiles.tile import BlockSizes as BlockSizes
 from ._version import __version__ as __version__

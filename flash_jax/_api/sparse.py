@@ -18,11 +18,13 @@ from .._checks.shapes import as_floats, check_qkv
 from .._masks.sparse import BlockSparseMask
 from .._sparse.choice import chosen, share
 from .._sparse.importance import antidiagonal, pooled
+from .._sparse.mincut_mask import mincut_tiles
 from .._tiles.symbolic import known
 from .._tiles.tile import BlockSizes
 from .attention import flash_attention
 
-_METHODS = "antidiagonal", "pooled"
+_METHODS = "antidiagonal", "pooled"  # which score blocks
+_CHOICES = (*_METHODS, "mincut")
 _STRIDE = 16
 
 
@@ -97,6 +99,8 @@ def block_scores(
         [2] Jiang et al., MInference 1.0, 2024, https://arxiv.org/abs/2407.02490
     """
     options = method, block_sizes, is_causal, stride
+    if method == "mincut":
+        raise ValueError("method must score blocks one by one, which 'mincut' does not")
     query, key, scale, choice = _checked(query, key, scale, *options)
     return _importance_of(query, key, scale, choice)
 
@@ -118,11 +122,14 @@ def choose_blocks(
     """The table of the blocks of scores that matter most, for ``BlockSparseMask``.
 
     Args:
-        query: as in ``block_scores``, which says how blocks are judged, and so are key, method,
+        query: as in ``block_scores``, which says how blocks are judged, and so are key,
             block_sizes, is_causal, scale and stride.
         density: which share of its blocks each row of blocks keeps, in (0, 1], rounded up: as many
             in all rows and heads, which is the fastest. Under is_causal it is a share of those that
             the row may read.
+        method: as in ``block_scores``; or "mincut": blocks of the parts that ``mincut_parts``
+            finds, nearest first, then those that "pooled" scores highest. It needs queries and keys
+            of one length, in equal blocks, and a density, which is then of all rows together.
         top_p: in place of density, in (0, 1]: each row keeps as few blocks as have this share of
             its estimated attention.
         sinks: how many first blocks of keys are kept in any case.
@@ -176,7 +183,7 @@ def sparse_prefill(
     The cost is that of attention times the density, and of the choice: "antidiagonal" takes
     1 / (2 * stride) of the operations of full attention, 3 % by default, in 9 % of its time, and
     memory for 128 * S / stride scores per query head; "pooled" takes T S / (block_q * block_kv)
-    scores per query head. Small blocks cost more per pair.
+    scores per query head, and "mincut" a little more. Small blocks cost more per pair.
 
     Args:
         query: as in ``flash_attention``, and so are key, value and scale.
@@ -202,9 +209,9 @@ def sparse_prefill(
     options = method, block_sizes, is_causal, stride, sinks, band, density, top_p
     query, key, value = as_floats(query=query, key=key, value=value)
     check_qkv(query, key, value)
-    *still, choice = _checked(query, key, scale, *options)
+    q, k, factor, choice = _checked(query, key, scale, *options)
     _check_share(choice)
-    table = _table_of(*still, choice)
+    table = _table_of(q, k, factor, choice)
     mask = BlockSparseMask(table, choice.blocks)
     output = flash_attention(query, key, value, mask=mask, scale=scale, is_causal=choice.is_causal)
     T, S = query.shape[-3], key.shape[-3]
@@ -229,9 +236,11 @@ def _checked(
     check_qkv(query, key, key)
     if not all(map(known, (query.shape[-3], key.shape[-3]))):
         raise NotImplementedError("query and key must have lengths that are no symbols")
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {', '.join(_METHODS)}; it is {method!r}")
+    if method not in _CHOICES:
+        raise ValueError(f"method must be one of {', '.join(_CHOICES)}; it is {method!r}")
     blocks = as_block_sizes(block_sizes)
+    if method == "mincut":
+        _check_mincut(query, key, blocks, top_p)
     divisor = math.gcd(*blocks)
     if stride is None:
         stride = math.gcd(_STRIDE, divisor)
@@ -265,6 +274,18 @@ def _checked(
     )
 
 
+def _check_mincut(query: Array, key: Array, blocks: BlockSizes, top_p: Any) -> None:
+    """Parts are of one sequence: its queries and keys have the same blocks."""
+    name = "with method='mincut'"
+    if query.shape[-3] != key.shape[-3]:
+        shapes = f"{query.shape} and {key.shape}"
+        raise ValueError(f"query and key must be of one length {name}; their shapes are {shapes}")
+    if blocks.q != blocks.kv:
+        raise ValueError(f"block_sizes must be equal {name}; they are {tuple(blocks)}")
+    if top_p is not None:
+        raise ValueError(f"density must be given {name}, not top_p")
+
+
 def _check_share(choice: _Choice) -> None:
     if (choice.density is None) == (choice.top_p is None):
         raise ValueError(
@@ -282,8 +303,15 @@ def _importance_of(query: Array, key: Array, scale: Array, choice: _Choice) -> A
     return antidiagonal(query, key, choice.blocks, scale, choice.is_causal, choice.stride)
 
 
+def _table_of(query: Any, key: Any, scale: Any, choice: _Choice) -> Array:
+    if choice.method != "mincut":
+        return _ranked(query, key, scale, choice)
+    density = jnp.asarray(choice.density, np.float32)  # one program for all
+    return _parted(query, key, scale, density, choice._replace(density=None))
+
+
 @functools.partial(jax.jit, static_argnames="choice")
-def _table_of(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
+def _ranked(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
     importance = _importance_of(query, key, scale, choice)
     return chosen(
         importance,
@@ -296,3 +324,11 @@ def _table_of(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
         choice.density,
         choice.top_p,
     )
+
+
+@functools.partial(jax.jit, static_argnames="choice")
+def _parted(query: Array, key: Array, scale: Array, density: Array, choice: _Choice) -> Array:
+    if query.ndim == 3:
+        return _parted(query[None], key[None], scale, density, choice)[0]
+    options = choice.is_causal, choice.sinks, choice.band
+    return mincut_tiles(query, key, choice.blocks.q, density, scale, *options)
