@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax import numpy as jnp
 
 from .._tiles.tile import BlockSizes
@@ -58,8 +58,8 @@ def check_lists(name: str, indices: Any, counts: Any, key_blocks: int) -> Array:
         wrong = counted[(counted < 0) | (counted >= key_blocks)]
         if wrong.size:
             raise ValueError(f"{name}indices must be in 0..{key_blocks - 1}; one is {wrong[0]}")
-    M = indices.shape[-1]
-    counted = jnp.arange(M, dtype=np.int32) < counts[..., None].astype(np.int32)
+    place = lax.broadcasted_iota(np.int32, indices.shape, counts.ndim)
+    counted = place < counts[..., None].astype(np.int32)
     counted &= (indices >= 0) & (indices < key_blocks)
     beyond = np.int32(key_blocks)
     ordered = jnp.sort(jnp.where(counted, indices.astype(np.int32), beyond), axis=-1)

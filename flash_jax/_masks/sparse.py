@@ -118,7 +118,8 @@ class BlockSparseMask(Mask):
         met, size = rows_met(self.block_sizes[0], tile), np.int32(self.block_sizes[1])
         first, last = tile.keys.first // size, tile.keys.last // size
         count = most_met(tile.kv.block, self.block_sizes[1], _origin(tile, "key") is None)
-        columns = jnp.minimum(first[..., None] + lax.iota(np.int32, count), last[..., None])
+        within = lax.iota(np.int32, count).reshape(1, 1, 1, 1, -1)
+        columns = jnp.minimum(first[..., None] + within, last[..., None])
         kept = _kept(self, tile, met, columns.reshape(*first.shape[:3], -1))
         kept = kept.reshape(*kept.shape[:3], -1, count)
         some, every = (f(kept, axis=(2, 4), keepdims=True) for f in (jnp.any, jnp.all))
@@ -137,7 +138,7 @@ class BlockSparseMask(Mask):
         if origin is not None:
             first, last = first - origin, last - origin
         count = most_met(self.block_sizes[1], tile.kv.block, origin is None)
-        j = first // w + lax.iota(np.int32, count)
+        j = first // w + lax.iota(np.int32, count).reshape(1, 1, -1)
         met = (blocks >= 0) & (j >= 0) & (j <= last // w) & (j < as_int32(tile.kv.count))
         return jnp.where(met, j, np.int32(-1)).reshape(blocks.shape[0], -1)
 
@@ -185,8 +186,9 @@ def _list(mask: BlockSparseMask, tile: QueryTile) -> Array:
     K, rows = lists.shape[1:3]
     n = tile.key_heads[:, None, None] if K != 1 else jnp.zeros((1, 1, 1), np.int32)
     row = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last)
-    row = jnp.clip(row, 0, as_int32(rows - 1))[:, None]
-    found = lists[tile.entry_of(lists), n, row, lax.iota(np.int32, lists.shape[3])]
+    row = jnp.clip(row, 0, as_int32(rows - 1)).reshape(1, -1, 1)
+    of_list = lax.iota(np.int32, lists.shape[3]).reshape(1, 1, -1)
+    found = lists[tile.entry_of(lists), n, row, of_list]
     return found.reshape(found.shape[0], -1)
 
 

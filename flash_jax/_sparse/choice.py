@@ -31,8 +31,11 @@ def chosen(
         top_p: instead, the share of the importance of a row that is kept at least.
     """
     may, always = (
-        allowed(T, S, blocks, is_causal),
-        kept_always(T, S, blocks, is_causal, sinks, band),
+        np.expand_dims(x, tuple(range(importance.ndim - 2)))
+        for x in (
+            allowed(T, S, blocks, is_causal),
+            kept_always(T, S, blocks, is_causal, sinks, band),
+        )
     )
     worth = jnp.where(always, np.float32(np.inf), jnp.nan_to_num(importance))
     order = jnp.argsort(jnp.where(may, -worth, np.float32(np.inf)), axis=-1, stable=True)
@@ -40,7 +43,7 @@ def chosen(
     if density is not None:
         # Less a little: 0.1 * 30 is above 3 in float64.
         count = np.ceil(np.sum(may, axis=-1) * density - 1e-6).astype(np.int32)
-        kept = rank < count[:, None]
+        kept = rank < count[..., None]
     else:
         assert top_p is not None
         ordered = jnp.take_along_axis(jnp.where(may, importance, 0), order, axis=-1)
@@ -65,5 +68,5 @@ def kept_always(
 
 def share(table: Array, T: int, S: int, blocks: BlockSizes, is_causal: bool) -> Array:
     """Which share of the blocks that may be read a table keeps, a float32."""
-    may = allowed(T, S, blocks, is_causal)
+    may = np.expand_dims(allowed(T, S, blocks, is_causal), tuple(range(table.ndim - 2)))
     return jnp.mean(table & may, dtype=np.float32) * np.float32(may.size / np.sum(may))

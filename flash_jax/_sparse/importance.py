@@ -36,7 +36,7 @@ def pooled(query: Array, key: Array, blocks: BlockSizes, scale: Array, is_causal
     (_, T, N, _), (_, S, K, _) = query.shape, key.shape
     q, k = _means(query, blocks.q), _means(key, blocks.kv)
     s = _products(q * scale, k)
-    s = jnp.where(allowed(T, S, blocks, is_causal), s, -jnp.inf)
+    s = jnp.where(allowed(T, S, blocks, is_causal)[None, None], s, -jnp.inf)
     return _of_key_heads(_softmax(s), N // K)
 
 
@@ -68,11 +68,11 @@ def antidiagonal(
     def of_rows(x: tuple[Array, Array]) -> Array:
         q, real = x
         s = _products(q, k) / np.float32(stride)
-        p = _softmax(jnp.where(real, s, -jnp.inf))
+        p = _softmax(jnp.where(real[None, None], s, -jnp.inf))
         p = jnp.sum(p.reshape(B, N, together, height, columns, -1), axis=(3, 5))
         # Of the queries that exist: padded ones read nothing.
         count = jnp.sum(jnp.any(real, axis=-1).reshape(together, height), axis=-1)
-        return p / jnp.maximum(1, count)[:, None]
+        return p / jnp.maximum(1, count).astype(np.float32).reshape(1, 1, -1, 1)
 
     found = jnp.moveaxis(lax.map(of_rows, (q, real)), 0, 2).reshape(B, N, -1, columns)
     return _of_key_heads(found[:, :, :rows], N // K)
@@ -102,7 +102,7 @@ def _means(x: Array, block: int) -> Array:
     B, T, N, H = x.shape
     sums = jnp.sum(_in_blocks(x.astype(np.float32), block).reshape(B, -1, block, N, H), axis=2)
     counts = np.minimum(block, T - np.arange(sums.shape[1]) * block).astype(np.float32)
-    return jnp.swapaxes(sums / counts[:, None, None], 1, 2)
+    return jnp.swapaxes(sums / counts[None, :, None, None], 1, 2)
 
 
 def _products(q: Array, k: Array) -> Array:

@@ -212,7 +212,8 @@ class QueryTile(NamedTuple):
 
     def _places(self, j: Array) -> Array:
         """(heads or 1, 1, 1, width): where the keys of key tile j lie in arrays."""
-        places = self.starts(j)[..., None] + lax.iota(np.int32, self.kv.block)
+        within = jnp.expand_dims(lax.iota(np.int32, self.kv.block), range(jnp.ndim(j)))
+        places = self.starts(j)[..., None] + within
         return places.reshape(1 if self.wide is None else self.heads, 1, 1, -1)
 
     def _of_call(self, axis: str, index: Array) -> Array:

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from options import TILES, everything, random_inputs
 
 from flash_jax import (
+    BlockSparseMask,
     CausalMask,
     FlashAttentionConfig,
     LengthMask,
@@ -22,6 +23,7 @@ from flash_jax import (
     flash_mha_i8,
     merge_attention,
     quantize,
+    sparse_prefill,
 )
 
 # Each takes q (N, T, H), k (K, S, H) and v (K, S, Hv) of small integers, gives the output
@@ -177,7 +179,35 @@ def of_int8(rng):
     return call, (random_inputs(rng, dtype=jnp.bfloat16), options)
 
 
-STRICT = {"model": of_model, "masks": of_masks, "merged and drop-in": of_parts, "INT8": of_int8}
+def of_blocks(rng):
+    """Tables and lists, the blocks that are chosen, and a function of scores, which sees each."""
+
+    def call(qkv, table, lists):
+        mod = lambda score, b, h, q_index, k_index: score - jnp.float32(h) * jnp.abs(score)  # noqa: E731
+        masks = BlockSparseMask(table, (4, 5)), BlockSparseMask.from_indices(*lists, (4, 5), 4)
+        short = [x[:, :11] for x in qkv]
+        chosen = [
+            sparse_prefill(*short, density=0.5, method=method, block_sizes=(4, 4), **options)
+            for method, options in (("pooled", {}), ("antidiagonal", {"stride": 2}), ("mincut", {}))
+        ]
+        kept = [
+            flash_attention_with_lse(*qkv, mask=mask, score_mod=mod, block_sizes=(4, 5))
+            for mask in masks
+        ]
+        return kept, chosen
+
+    table = rng.random((1, 3, 3, 4)) < 0.5
+    lists = np.argsort(~table, axis=-1, stable=True), np.sum(table, axis=-1)
+    return call, (random_inputs(rng), table, lists)
+
+
+STRICT = {
+    "model": of_model,
+    "masks": of_masks,
+    "blocks": of_blocks,
+    "merged and drop-in": of_parts,
+    "INT8": of_int8,
+}
 
 
 def strict_modes():
