@@ -50,5 +50,5 @@ from ._sparse.mincut import MincutParts as MincutParts
 from ._sparse.mincut import mincut_parts as mincut_parts
 from ._sparse.mincut_mask import mincut_mask as mincut_mask
 from ._sparse.signal import MincutSignal as MincutSignal
-from ._tiles.tile import BlockSizes as BlockSizes
+from ._tiles.axis import BlockSizes as BlockSizes
 from ._version import __version__ as __version__

@@ -22,9 +22,9 @@ from .._masks.base import Mask
 from .._passes.operands import Operands
 from .._passes.plan import Plan
 from .._passes.scores import Scores
+from .._tiles.axis import BlockSizes
 from .._tiles.layout import Layout
 from .._tiles.symbolic import known
-from .._tiles.tile import BlockSizes
 from .batch_axis import with_batch_axis
 from .explicit_axes import model_axes, on_auto_axes
 from .options import Arrays, Options, check_options, one_mask

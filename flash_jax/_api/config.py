@@ -9,7 +9,7 @@ import numbers
 from .._checks.numbers import as_reals, positive_integer
 from .._machine.tile_rule import Problem
 from .._machine.tuned import best_blocks
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,8 @@ from .._masks.segments import segments
 from .._passes.dropout import bind_key
 from .._passes.score_function import ScoreFunction, score_function
 from .._passes.scores import Scores
+from .._tiles.axis import BlockSizes
 from .._tiles.symbolic import known
-from .._tiles.tile import BlockSizes
 
 # fn(score, b, h, q_index, k_index) -> score
 ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]

@@ -11,7 +11,7 @@ from .._formats.int8 import Int8, summable
 from .._machine.processor import Machine
 from .._machine.tile_rule import Problem
 from .._passes.plan import Plan
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .options import tiles
 from .plan import plan_floats, plan_int8
 

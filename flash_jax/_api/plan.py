@@ -23,9 +23,9 @@ from .._machine.processor import Machine
 from .._machine.tile_rule import FUSED_KEYS, few_rows, score_bytes
 from .._passes.plan import Part, Plan
 from .._passes.walk import heads_per_step
+from .._tiles.axis import Axis, BlockSizes
 from .._tiles.layout import Layout
 from .._tiles.symbolic import known
-from .._tiles.tile import Axis, BlockSizes
 
 # In a step: XLA's library does not take operations with fewer elements than 4,096, and where there
 # are few scores one more way of computing them is not worth its time to compile.

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks.numbers import as_block_sizes, as_reals, check_bool, natural_number, positive_integer
 from .._checks.shapes import as_floats, check_qkv
 from .._masks.sparse import BlockSparseMask
 from .._sparse.choice import chosen, share
 from .._sparse.importance import antidiagonal, pooled
 from .._sparse.mincut_mask import mincut_tiles
-from .._tiles.symbolic import known
-from .._tiles.tile import BlockSizes
 from .attention import flash_attention
-
-_METHODS = "antidiagonal", "pooled"  # which score blocks
-_CHOICES = (*_METHODS, "mincut")
-_STRIDE = 16
+from .sparse_arguments import Choice, check_share, checked
 
 
 class SparsePrefill(NamedTuple):
@@ -41,19 +33,6 @@ class SparsePrefill(NamedTuple):
     output: Array
     table: Array
     density: Array
-
-
-class _Choice(NamedTuple):
-    """What is compiled in."""
-
-    blocks: BlockSizes
-    method: str
-    is_causal: bool
-    stride: int
-    sinks: int
-    band: int
-    density: float | None
-    top_p: float | None
 
 
 def block_scores(
@@ -101,7 +80,7 @@ def block_scores(
     options = method, block_sizes, is_causal, stride
     if method == "mincut":
         raise ValueError("method must score blocks one by one, which 'mincut' does not")
-    query, key, scale, choice = _checked(query, key, scale, *options)
+    query, key, scale, choice = checked(query, key, scale, *options)
     return _importance_of(query, key, scale, choice)
 
 
@@ -154,8 +133,8 @@ def choose_blocks(
          [1 0 0 1]]
     """
     options = method, block_sizes, is_causal, stride, sinks, band, density, top_p
-    query, key, scale, choice = _checked(query, key, scale, *options)
-    _check_share(choice)
+    query, key, scale, choice = checked(query, key, scale, *options)
+    check_share(choice)
     return _table_of(query, key, scale, choice)
 
 
@@ -209,8 +188,8 @@ def sparse_prefill(
     options = method, block_sizes, is_causal, stride, sinks, band, density, top_p
     query, key, value = as_floats(query=query, key=key, value=value)
     check_qkv(query, key, value)
-    q, k, factor, choice = _checked(query, key, scale, *options)
-    _check_share(choice)
+    q, k, factor, choice = checked(query, key, scale, *options)
+    check_share(choice)
     table = _table_of(q, k, factor, choice)
     mask = BlockSparseMask(table, choice.blocks)
     output = flash_attention(query, key, value, mask=mask, scale=scale, is_causal=choice.is_causal)
@@ -218,84 +197,8 @@ def sparse_prefill(
     return SparsePrefill(output, table, share(table, T, S, choice.blocks, choice.is_causal))
 
 
-def _checked(
-    query: Any,
-    key: Any,
-    scale: Any,
-    method: Any,
-    block_sizes: Any,
-    is_causal: Any,
-    stride: Any,
-    sinks: Any = 0,
-    band: Any = 0,
-    density: Any = None,
-    top_p: Any = None,
-) -> tuple[Array, Array, Any, _Choice]:
-    """The arguments, checked; the arrays as constants, since a choice has no derivative."""
-    query, key = as_floats(query=query, key=key)
-    check_qkv(query, key, key)
-    if not all(map(known, (query.shape[-3], key.shape[-3]))):
-        raise NotImplementedError("query and key must have lengths that are no symbols")
-    if method not in _CHOICES:
-        raise ValueError(f"method must be one of {', '.join(_CHOICES)}; it is {method!r}")
-    blocks = as_block_sizes(block_sizes)
-    if method == "mincut":
-        _check_mincut(query, key, blocks, top_p)
-    divisor = math.gcd(*blocks)
-    if stride is None:
-        stride = math.gcd(_STRIDE, divisor)
-    elif method != "antidiagonal":
-        raise ValueError(f'stride must be None where method is not "antidiagonal"; it is {stride}')
-    if divisor % positive_integer("stride", stride):
-        raise ValueError(f"stride must divide both block sizes, {tuple(blocks)}; it is {stride}")
-    for name, x in {"density": density, "top_p": top_p}.items():
-        if x is None:
-            continue
-        if isinstance(x, bool) or not isinstance(x, numbers.Real):
-            raise TypeError(f"{name} must be a number, known at trace time; it is {x!r}")
-        if not 0 < float(x) <= 1:
-            raise ValueError(f"{name} must be in (0, 1]; it is {x!r}")
-    scale = as_reals("scale", scale)
-    if np.shape(scale) != ():
-        raise ValueError(f"scale must be a scalar; its shape is {np.shape(scale)}")
-    scale = np.float32(query.shape[-1] ** -0.5) if scale is None else jnp.float32(scale)
-    return (
-        *lax.stop_gradient((query, key, scale)),
-        _Choice(
-            blocks,
-            method,
-            check_bool("is_causal", is_causal),
-            int(stride),
-            natural_number("sinks", sinks),
-            natural_number("band", band),
-            None if density is None else float(density),
-            None if top_p is None else float(top_p),
-        ),
-    )
-
-
-def _check_mincut(query: Array, key: Array, blocks: BlockSizes, top_p: Any) -> None:
-    """Parts are of one sequence: its queries and keys have the same blocks."""
-    name = "with method='mincut'"
-    if query.shape[-3] != key.shape[-3]:
-        shapes = f"{query.shape} and {key.shape}"
-        raise ValueError(f"query and key must be of one length {name}; their shapes are {shapes}")
-    if blocks.q != blocks.kv:
-        raise ValueError(f"block_sizes must be equal {name}; they are {tuple(blocks)}")
-    if top_p is not None:
-        raise ValueError(f"density must be given {name}, not top_p")
-
-
-def _check_share(choice: _Choice) -> None:
-    if (choice.density is None) == (choice.top_p is None):
-        raise ValueError(
-            "density or top_p must be given, and not both; they are "
-            f"{choice.density} and {choice.top_p}"
-        )
-
-
 @functools.partial(jax.jit, static_argnames="choice")
-def _importance_of(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
+def _importance_of(query: Array, key: Array, scale: Array, choice: Choice) -> Array:
     if query.ndim == 3:
         return _importance_of(query[None], key[None], scale, choice)[0]
     if choice.method == "pooled":
@@ -303,7 +206,7 @@ def _importance_of(query: Array, key: Array, scale: Array, choice: _Choice) -> A
     return antidiagonal(query, key, choice.blocks, scale, choice.is_causal, choice.stride)
 
 
-def _table_of(query: Any, key: Any, scale: Any, choice: _Choice) -> Array:
+def _table_of(query: Any, key: Any, scale: Any, choice: Choice) -> Array:
     if choice.method != "mincut":
         return _ranked(query, key, scale, choice)
     density = jnp.asarray(choice.density, np.float32)  # one program for all
@@ -311,7 +214,7 @@ def _table_of(query: Any, key: Any, scale: Any, choice: _Choice) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="choice")
-def _ranked(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
+def _ranked(query: Array, key: Array, scale: Array, choice: Choice) -> Array:
     importance = _importance_of(query, key, scale, choice)
     return chosen(
         importance,
@@ -327,7 +230,7 @@ def _ranked(query: Array, key: Array, scale: Array, choice: _Choice) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="choice")
-def _parted(query: Array, key: Array, scale: Array, density: Array, choice: _Choice) -> Array:
+def _parted(query: Array, key: Array, scale: Array, density: Array, choice: Choice) -> Array:
     if query.ndim == 3:
         return _parted(query[None], key[None], scale, density, choice)[0]
     options = choice.is_causal, choice.sinks, choice.band

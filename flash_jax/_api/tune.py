@@ -19,7 +19,7 @@ from .._machine.processor import machine
 from .._machine.tile_rule import Problem, fastest_blocks, kernel_blocks, score_bytes
 from .._machine.timing import alternate
 from .._machine.tuned import store
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .attention import flash_attention
 from .attention_int8 import flash_attention_int8
 from .options import Arrays, check_options, one_mask

@@ -12,7 +12,7 @@ from jax import Array
 from jax import numpy as jnp
 from jax.core import Tracer
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .shapes import MAX_LENGTH
 
 _PROBABILITIES = ("uint8", "bfloat16", "float32")

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .bind import Sizes, of_kind
 from .numbers import as_option
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .._version import __version__
 from . import demo, demo_view, info
 from .bench import report

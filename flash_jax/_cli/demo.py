@@ -32,7 +32,7 @@ from jax import numpy as jnp
 from .._api.attention_int8 import flash_attention_int8
 from .._api.config import FlashAttentionConfig
 from .._api.kernels import flash_attention_forward
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .inputs import InputError
 
 HEAD_DIM = 128

@@ -40,7 +40,8 @@ from .._passes.exp import exp
 from .._passes.operands import Operands, Quantization, key_columns, kv_tile, q_tile, query_rows
 from .._passes.plan import Plan
 from .._passes.products import Products
-from .._tiles.tile import BlockSizes, QueryTile
+from .._tiles.axis import BlockSizes
+from .._tiles.tile import QueryTile
 from .._tiles.xla import apart, dot_u8_s8, rounded
 from .floats import weigh_bfloat16, weigh_fused
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .processor import Machine
 
 _MAX_SCORE_BYTES = 8 * 2**20

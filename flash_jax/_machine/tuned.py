@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .._version import __version__
 from .processor import Machine, machine, processor
 from .tile_rule import Problem, fastest_blocks

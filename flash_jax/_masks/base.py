@@ -25,8 +25,9 @@ from jax import numpy as jnp
 
 from .._checks.bind import Sizes, bind_integers
 from .._checks.numbers import as_option, check_integers, natural_number, positive_integer
+from .._tiles.axis import Axis, BlockSizes
 from .._tiles.symbolic import pad_axes
-from .._tiles.tile import Axis, BlockSizes, QueryTile
+from .._tiles.tile import QueryTile
 
 M = TypeVar("M", bound=type)
 

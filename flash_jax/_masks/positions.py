@@ -17,8 +17,9 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from .._checks.numbers import window_side
+from .._tiles.axis import Range
 from .._tiles.symbolic import as_int32
-from .._tiles.tile import QueryTile, Range
+from .._tiles.tile import QueryTile
 from .base import Mask, mask_type
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .._tiles.axis import Axis
 from .._tiles.symbolic import known
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.tile import QueryTile
 from .base import Mask
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2

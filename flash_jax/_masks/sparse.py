@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 from .._checks.bind import Sizes
 from .._checks.numbers import as_block_sizes, positive_integer
 from .._checks.tables import bind_table, check_lists, per_query_head
+from .._tiles.axis import BlockSizes
 from .._tiles.symbolic import as_int32
-from .._tiles.tile import BlockSizes, QueryTile
+from .._tiles.tile import QueryTile
 from .base import Mask, mask_type
 
 

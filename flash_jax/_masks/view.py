@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from .._checks.numbers import as_block_sizes, positive_integer
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .base import Mask, first_tile
 from .schedule import FULL, PARTIAL, SKIPPED, status
 

@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.axis import Axis
+from .._tiles.tile import QueryTile
 from .._tiles.xla import dot
 from .backward_kernels import Rows, kernel_step
 from .forward import Results

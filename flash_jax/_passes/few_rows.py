@@ -21,8 +21,9 @@ from jax import Array, lax
 from jax import numpy as jnp
 
 from .._masks.schedule import SKIPPED
+from .._tiles.axis import Axis
 from .._tiles.layout import Layout
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.tile import QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .nonfinite import finite, with_nonfinite

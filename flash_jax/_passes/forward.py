@@ -15,8 +15,9 @@ import jax
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .._tiles.axis import Axis
 from .._tiles.load import put_tile, take_tiles
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.tile import QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
 from .few_rows import attend_few

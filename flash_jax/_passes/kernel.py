@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.axis import Axis
+from .._tiles.tile import QueryTile
 from .._tiles.xla import grown_from
 from . import online_softmax as online
 from .operands import Dimensions, Operands, with_sinks

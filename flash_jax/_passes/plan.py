@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from .._checks.shapes import accumulator
+from .._tiles.axis import BlockSizes
 from .._tiles.layout import Layout
-from .._tiles.tile import BlockSizes
 from .products import Format
 
 # Of a step of kernels. No score is stored, but would be should XLA not fuse: 256 MiB at the most.

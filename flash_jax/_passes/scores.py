@@ -19,7 +19,8 @@ from jax import numpy as jnp
 
 from .._masks.base import Mask
 from .._masks.schedule import PARTIAL, keep_tile, never_partial, status
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.axis import Axis
+from .._tiles.tile import QueryTile
 from .._tiles.xla import dot, rounded
 from .score_function import ScoreFunction
 

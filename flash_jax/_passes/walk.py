@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 
 from .._masks.base import Mask
 from .._masks.schedule import visits, visits_of_heads
+from .._tiles.axis import Axis
 from .._tiles.symbolic import as_int32, known
-from .._tiles.tile import Axis, QueryTile
+from .._tiles.tile import QueryTile
 from .operands import Dimensions, Operands, varying_as
 from .plan import Plan
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax import Array
 from jax import numpy as jnp
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .importance import allowed
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 
 _CELLS = 128  # rows of cells at a time: fewer would take longer to read the keys than to multiply
 

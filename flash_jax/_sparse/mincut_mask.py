@@ -28,7 +28,7 @@ from .._checks.numbers import as_reals, as_scale, check_bool, natural_number, po
 from .._masks.base import Mask
 from .._masks.positions import CausalMask
 from .._masks.sparse import BlockSparseMask
-from .._tiles.tile import BlockSizes
+from .._tiles.axis import BlockSizes
 from .affinity import block_affinity
 from .budget import keep_best
 from .choice import kept_always

@@ -1,8 +1,7 @@
 """A tile of queries and the key tiles across from it: positions, and the parts of arrays they meet.
 
-Queries and keys are cut into tiles of block_q and block_kv positions. These need not divide the
-lengths: the last tile starts where it still fits, and so repeats some positions of the one before.
-Repeated queries are computed twice; repeated keys are masked.
+Queries and keys are cut into tiles of block_q and block_kv positions (``axis``). Queries that the
+last tile repeats are computed twice; keys that it repeats are masked.
 
 Parts of the scores have four axes, (key/value heads, groups, T, S): query head n reads key/value
 head n // groups.
@@ -18,64 +17,13 @@ import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 
-from .symbolic import as_int32, known
+from .axis import Axis, Range
+from .symbolic import as_int32
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 _BEYOND = 2**31 - 1  # every position
-
-
-class Range(NamedTuple):
-    """Positions first..last, both included."""
-
-    first: Array
-    last: Array
-
-
-class BlockSizes(NamedTuple):
-    """Positions per tile: queries and keys. They change speed and rounding only.
-
-    Example:
-        >>> BlockSizes(q=512, kv=256).kv
-        256
-    """
-
-    q: int
-    kv: int
-
-
-class Axis(NamedTuple):
-    """Positions 0..length-1 in tiles of ``block``, which is at most ``length``.
-
-    A symbolic length is a multiple of ``block``.
-    """
-
-    length: int
-    block: int
-
-    @classmethod
-    def of(cls, length: int, block: int) -> Axis:
-        return cls(length, min(length, block) if known(length) else block)
-
-    @property
-    def count(self) -> int:
-        """How many tiles there are."""
-        return -(-self.length // self.block)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether the last tile repeats positions."""
-        return self.length % self.block != 0
-
-    def start(self, i: Array) -> Array:
-        """First position of tile i as it is loaded."""
-        return jnp.minimum(i * self.block, as_int32(self.length - self.block))
-
-    def own(self, i: Array) -> Range:
-        """Positions of tile i that no tile before it has."""
-        end = jnp.minimum((i + 1) * self.block, as_int32(self.length))
-        return Range(i * self.block, end - 1)
 
 
 class Origin(NamedTuple):

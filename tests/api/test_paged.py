@@ -12,7 +12,8 @@ from jax import numpy as jnp
 
 from flash_jax import KVCache, PagedKVCache, attend, attend_with_lse
 from flash_jax._passes.operands import tile_in_pages
-from flash_jax._tiles.tile import Axis, QueryTile
+from flash_jax._tiles.axis import Axis
+from flash_jax._tiles.tile import QueryTile
 
 B, K, N, H, Hv = 3, 2, 4, 5, 3
 P, M = 4, 6

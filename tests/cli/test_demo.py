@@ -7,7 +7,7 @@ import pytest
 from texts import TEXT
 
 from flash_jax._cli import demo, demo_view
-from flash_jax._tiles.tile import BlockSizes
+from flash_jax._tiles.axis import BlockSizes
 
 
 def as_bytes(text):

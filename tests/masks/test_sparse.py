@@ -27,7 +27,8 @@ from flash_jax import (
 )
 from flash_jax._checks.bind import Sizes
 from flash_jax._masks.schedule import visits_of_heads
-from flash_jax._tiles.tile import Axis, Origin, QueryTile
+from flash_jax._tiles.axis import Axis
+from flash_jax._tiles.tile import Origin, QueryTile
 
 BLOCKS = (4, 3)
 
