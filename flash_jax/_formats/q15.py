@@ -17,7 +17,7 @@ from jax import numpy as jnp
 from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
-from .._passes.walk import over_key_tiles, over_query_tiles
+from .._passes.walk import key_tiles, over_key_tiles, over_query_tiles
 from .._tiles.load import put_tile
 from .._tiles.tile import QueryTile
 from .fixed_point import (
@@ -91,7 +91,7 @@ def attend_q15(operands: Operands, plan: Plan) -> Array:
 
 def _tile(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
     """int16 (heads, rows, Hv) of one tile of queries."""
-    q15 = plan.format.products(operands, plan, tile)
+    q15, visited = plan.format.products(operands, plan, tile), key_tiles(operands, tile)
 
     def largest(masked: bool) -> Callable[[Array, Array], Array]:
         def at(j: Array, m: Array) -> Array:
@@ -103,7 +103,7 @@ def _tile(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
         return at
 
     m = jnp.full((tile.heads, tile.rows, 1), _NOTHING)
-    m = over_key_tiles(operands, tile, largest, m)
+    m = over_key_tiles(operands, tile, visited, largest, m)
 
     def sums(masked: bool) -> Callable[[Array, Wide], Wide]:
         def at(j: Array, weighed: Wide) -> Wide:
@@ -115,4 +115,5 @@ def _tile(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
         return at
 
     zeros = jnp.zeros((tile.heads, tile.rows, operands.v.shape[-1] + 1), np.int32)
-    return over_key_tiles(operands, tile, sums, Wide(zeros, zeros)).over_last().astype(np.int16)
+    weighed = over_key_tiles(operands, tile, visited, sums, Wide(zeros, zeros))
+    return weighed.over_last().astype(np.int16)

@@ -29,7 +29,7 @@ from .nonfinite import finite
 from .operands import Dimensions, Operands, kept_weights, kv_tile, q_tile, query_rows
 from .plan import Plan
 from .probabilities import probabilities
-from .walk import over_key_tiles, over_query_tiles
+from .walk import key_tiles, over_key_tiles, over_query_tiles
 
 
 def backward(
@@ -141,7 +141,8 @@ def backward_tile(
         rows = Rows(unscaled, d_o, m, l, delta)
         return kernel_step(operands, plan, plan.multiplied, tile, rows)
 
-    dq, gradients = over_key_tiles(operands, tile, by_kernels, (jnp.zeros_like(q), gradients))
+    carry, visited = (jnp.zeros_like(q), gradients), key_tiles(operands, tile)
+    dq, gradients = over_key_tiles(operands, tile, visited, by_kernels, carry)
     gradients = gradients.add_queries("q", tile, scores.scaled(tile, dq))
     gradients = gradients.add_instance("scale", tile, jnp.sum(dq * finite(unscaled)))
     if operands.sinks is None:

@@ -26,7 +26,7 @@ from .nonfinite import all_finite, finite, with_kept_nonfinite
 from .operands import Dimensions, Operands, kept_weights, with_sinks
 from .plan import Plan
 from .products import Products
-from .walk import over_key_tiles, over_query_tiles
+from .walk import key_tiles, over_key_tiles, over_query_tiles
 
 
 class Results(NamedTuple):
@@ -195,9 +195,11 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
 
     state = online.start(tile.rows, operands.v.shape[-1], acc)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (tile.heads, *x.shape)), state)
-    state, clean = over_key_tiles(operands, tile, step, (state, jnp.array(True)))
+    visited = key_tiles(operands, tile)
+    state, clean = over_key_tiles(operands, tile, visited, step, (state, jnp.array(True)))
     if careful:
-        state = state._replace(o=with_kept_nonfinite(operands, plan, tile, kept, clean, state.o))
+        o = with_kept_nonfinite(operands, plan, tile, visited, kept, clean, state.o)
+        state = state._replace(o=o)
     state = state._replace(o=products.finish(state.o))
     return with_sinks(operands, tile, state)
 

@@ -30,7 +30,7 @@ from . import online_softmax as online
 from .operands import Dimensions, Operands, with_sinks
 from .plan import Plan
 from .products import Products
-from .walk import first_visited, over_key_tiles
+from .walk import first_visited, key_tiles, over_key_tiles
 
 _ONES = 16  # columns of them: as many as a vector holds cost no more than one
 _LEAST, _MOST = np.exp(-20.0), np.exp(60.0)  # l: its products with values stay in float32's range
@@ -59,7 +59,8 @@ def kernel_tile(
         width: of the values, which may have ones beside them.
     """
     scores, acc = operands.scores, Dimensions.of(operands, plan).acc
-    shift, beside = _shift(operands, plan, tile), operands.v.shape[-1] != width
+    visited, beside = key_tiles(operands, tile, True), operands.v.shape[-1] != width
+    shift = _shift(operands, plan, tile, first_visited(visited))
     products = plan.format.products(operands, plan, tile, True)
 
     def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
@@ -79,7 +80,7 @@ def kernel_tile(
 
     sums = jnp.zeros((tile.heads, tile.rows, width + _ONES), acc)
     reads = jnp.zeros((tile.heads, tile.rows), bool)
-    sums, reads = over_key_tiles(operands, tile, step, (sums, reads), True)
+    sums, reads = over_key_tiles(operands, tile, visited, step, (sums, reads), True)
     o, l = sums[..., :width], sums[..., width]
     right = jnp.where(reads, (l > _LEAST.astype(acc)) & (l < _MOST.astype(acc)), l == 0)
     right &= jnp.isfinite(jnp.sum(o * 0, axis=-1))
@@ -132,11 +133,11 @@ def _beside(v: Array, number: int) -> Array:
     return jnp.concatenate([v, jnp.full((*v.shape[:-1], _ONES), number, v.dtype)], axis=-1)
 
 
-def _shift(operands: Operands, plan: Plan, tile: QueryTile) -> Array:
-    """The largest logit of each row among the first keys that the tile visits, (heads, rows)."""
+def _shift(operands: Operands, plan: Plan, tile: QueryTile, first: Array) -> Array:
+    """The largest logit of each row among the first keys of key tile ``first``, (heads, rows)."""
     count = min(_FIRST, max(_ONES, tile.kv.block // 8))
     part = tile._replace(kv=Axis.of(tile.kv.length, count), wide=None if tile.wide is None else 1)
-    j = first_visited(operands, tile) * tile.kv.block // count
+    j = first * tile.kv.block // count
     products = plan.format.products(operands, plan, part, True)
     kept = None if operands.scores.always_full(tile.kv, True) else operands.scores.kept(part, j)
     m = jnp.max(_logits(operands, part, products, j, kept), axis=-1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from jax import Array, lax
 from jax import numpy as jnp
 
+from .._masks.schedule import HeadVisits, Visits
 from .._tiles.tile import QueryTile
 from .._tiles.xla import dot, in_every_element
 from .operands import Operands, kv_tile
@@ -33,6 +34,7 @@ def with_kept_nonfinite(
     operands: Operands,
     plan: Plan,
     tile: QueryTile,
+    visited: Visits | HeadVisits | None,
     kept: Callable[[Array], Array],
     clean: Array,
     o: Array,
@@ -40,6 +42,7 @@ def with_kept_nonfinite(
     """o (heads, rows, Hv) with the NaN and infinities that are kept in partial tiles.
 
     Args:
+        visited: the key tiles, as ``over_key_tiles`` has been given them.
         kept: the mask of a key tile.
         clean: whether there is none, masked or kept.
     """
@@ -51,7 +54,7 @@ def with_kept_nonfinite(
         v = kv_tile(plan, tile, operands.v, j, o.dtype, operands.pages)
         return with_nonfinite(kept(j), v, o)
 
-    show = lambda o: over_key_tiles(operands, tile, step, o)  # noqa: E731
+    show = lambda o: over_key_tiles(operands, tile, visited, step, o)  # noqa: E731
     return lax.cond(in_every_element(clean), lambda o: o, show, o)
 
 

@@ -29,7 +29,7 @@ from .operands import (
 )
 from .plan import Plan
 from .probabilities import probabilities
-from .walk import over_key_tiles, over_query_tiles
+from .walk import key_tiles, over_key_tiles, over_query_tiles
 
 
 def tangent(
@@ -93,7 +93,7 @@ def tangent_tile(
         return at
 
     carry = (jnp.zeros_like(out), jnp.zeros_like(m))
-    d_out, d_lse = over_key_tiles(operands, tile, step, carry)
+    d_out, d_lse = over_key_tiles(operands, tile, key_tiles(operands, tile), step, carry)
     if operands.sinks is not None and tangents.sinks is not None:
         sink, d_sink = (
             tile.as_rows(tile.of_heads(x).astype(acc), 1) for x in (operands.sinks, tangents.sinks)

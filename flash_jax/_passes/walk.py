@@ -16,7 +16,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from .._masks.base import Mask
-from .._masks.schedule import visits, visits_of_heads
+from .._masks.schedule import HeadVisits, Visits, visits, visits_of_heads
 from .._tiles.axis import Axis
 from .._tiles.symbolic import as_int32, known
 from .._tiles.tile import QueryTile
@@ -108,29 +108,48 @@ def whole_tile(operands: Operands, plan: Plan) -> QueryTile:
     )
 
 
+def key_tiles(
+    operands: Operands, tile: QueryTile, fused: bool = False
+) -> Visits | HeadVisits | None:
+    """The key tiles that ``over_key_tiles`` visits; None: all, and all alike.
+
+    Skipped tiles, such as those above a causal diagonal, are not among them.
+
+    Args:
+        fused: which tiles are full, as ``Scores.always_full``.
+    """
+    scores = operands.scores
+    if tile.wide is not None:
+        assert scores.mask is not None
+        return visits_of_heads(scores.mask, tile)
+    if tile.kv.count == 1 or scores.always_full(tile.kv, fused):
+        return None
+    return visits(scores.schedule_row(tile, fused))
+
+
 def over_key_tiles(
     operands: Operands,
     tile: QueryTile,
+    visited: Visits | HeadVisits | None,
     step: Callable[[bool], Callable[[Array, C], C]],
     carry: C,
     fused: bool = False,
 ) -> C:
     """Folds ``step(masked=False)`` over the full key tiles, then ``step(True)`` over the partial.
 
-    Skipped tiles, such as those above a causal diagonal, are not visited.
-
     Args:
-        fused: which tiles are full, as ``Scores.always_full``.
+        visited: ``key_tiles`` of the same operands and tile.
+        fused: as it was there.
     """
     scores = operands.scores
     carry = varying_as(operands, carry)
-    if tile.wide is not None:
-        return _over_tiles_of_heads(operands, tile, step, carry, fused)
+    if isinstance(visited, HeadVisits):
+        return _over_tiles_of_heads(operands, tile, visited, step, carry, fused)
     if tile.kv.count == 1:
         return step(not scores.always_full(tile.kv, fused))(jnp.int32(0), carry)
-    if scores.always_full(tile.kv, fused):
+    if visited is None:
         return _loop(np.int32(0), as_int32(tile.kv.count), step(False), carry)
-    order, full, end = visits(scores.schedule_row(tile, fused))
+    order, full, end = visited
 
     def at(masked: bool) -> Callable[[Array, C], C]:
         visit = step(masked)
@@ -144,6 +163,7 @@ def over_key_tiles(
 def _over_tiles_of_heads(
     operands: Operands,
     tile: QueryTile,
+    visited: HeadVisits,
     step: Callable[[bool], Callable[[Array, C], C]],
     carry: C,
     fused: bool,
@@ -153,33 +173,25 @@ def _over_tiles_of_heads(
     As long as all heads have that many full tiles, no mask is needed. What is left of these joins
     the partial ones, and with a visit that is not filled up, so do tiles that are none.
     """
-    scores, wide = operands.scores, tile.wide
-    assert scores.mask is not None
+    (order, full, end), wide = visited, tile.wide
     assert wide is not None
-    order, full, end = visits_of_heads(scores.mask, tile)
 
     def at(masked: bool) -> Callable[[Array, C], C]:
         visit = step(masked)
         return lambda x, carry: visit(lax.dynamic_slice_in_dim(order, x * wide, wide, 1), carry)
 
     filled = np.int32(0)
-    if not scores.always_partial(fused):
+    if not operands.scores.always_partial(fused):
         filled = jnp.min(full) // np.int32(wide)
         carry = _loop(np.int32(0), filled, at(False), carry)
     return _loop(filled, (jnp.max(end) + np.int32(wide - 1)) // np.int32(wide), at(True), carry)
 
 
-def first_visited(operands: Operands, tile: QueryTile) -> Array:
-    """The key tile that ``over_key_tiles`` of kernels comes to first.
-
-    (heads, 1) where each head has its own.
-    """
-    if tile.wide is not None:
-        assert operands.scores.mask is not None
-        return visits_of_heads(operands.scores.mask, tile).order[:, :1]
-    if tile.kv.count == 1 or operands.scores.always_full(tile.kv, True):
+def first_visited(visited: Visits | HeadVisits | None) -> Array:
+    """The key tile that ``over_key_tiles`` comes to first; (heads, 1) where each has its own."""
+    if visited is None:
         return jnp.int32(0)
-    return visits(operands.scores.schedule_row(tile, True)).order[0]
+    return visited.order[:, :1] if isinstance(visited, HeadVisits) else visited.order[0]
 
 
 def _loop(start: ArrayLike, end: ArrayLike, step: Callable[[Array, C], C], carry: C) -> C:
