@@ -36,6 +36,11 @@ def status(mask: Mask | None, tile: QueryTile) -> Array:
     shape = (tile.heads, tile.groups, 1, count)
     some = jnp.any(jnp.broadcast_to(some, shape), axis=(0, 1, 2))
     every = jnp.all(jnp.broadcast_to(every & tile.complete, shape), axis=(0, 1, 2))
+    return _kind(some, every)
+
+
+def _kind(some: Array, every: Array) -> Array:
+    """What tiles are of which some and all pairs are kept."""
     return jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
 
 
@@ -68,13 +73,12 @@ def visits_of_heads(mask: Mask, tile: QueryTile) -> HeadVisits:
     j = mask.listed(tile)
     j = lax.iota(np.int32, tile.kv.count)[None] if j is None else _once(j)
     j = jnp.broadcast_to(j, (tile.heads, j.shape[1]))
-    some, every = mask.tiles(tile._replace(listed=j[:, None, None]))
+    listed = tile._replace(listed=j[:, None, None])
+    some, every = mask.tiles(listed)
     shape = (tile.heads, tile.groups, 1, j.shape[1])
     some = jnp.any(jnp.broadcast_to(some, shape), axis=(1, 2)) & (j >= 0)
-    complete = tile._replace(listed=j[:, None, None]).complete
-    every = jnp.all(jnp.broadcast_to(every & complete, shape), axis=(1, 2))
-    kind = jnp.where(some, jnp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(SKIPPED))
-    kind, order = lax.sort((-kind, jnp.where(some, j, -1)), dimension=1, num_keys=1)
+    every = jnp.all(jnp.broadcast_to(every & listed.complete, shape), axis=(1, 2))
+    kind, order = lax.sort((-_kind(some, every), jnp.where(some, j, -1)), dimension=1, num_keys=1)
     missing = -j.shape[1] % tile.wide if known(j.shape[1]) else tile.wide
     order = jnp.pad(order, [(0, 0), (0, missing)], constant_values=-1)
     full = jnp.sum(kind == -FULL, axis=1, dtype=np.int32)

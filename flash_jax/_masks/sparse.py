@@ -172,24 +172,16 @@ def _kept(mask: BlockSparseMask, tile: QueryTile, met: RowsMet, columns: Array) 
     """
     table = jnp.asarray(mask.table)
     n = tile.head_indices if table.shape[1] != 1 else jnp.zeros((1, 1, 1, 1), np.int32)
-    rows = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last).reshape(1, 1, -1, 1)
-    # Behind a symbolic length there may be more queries and keys than the table has blocks for.
-    rows, columns = (
-        jnp.clip(x, 0, as_int32(size - 1))
-        for x, size in zip((rows, columns), table.shape[2:], strict=True)
-    )
-    return table[tile.entry_of(table), n, rows, columns]
+    rows = met.of(table).reshape(1, 1, -1, 1)
+    return table[tile.entry_of(table), n, rows, _within(columns, table.shape[3])]
 
 
 def _list(mask: BlockSparseMask, tile: QueryTile) -> Array:
     """(heads or 1, n): the blocks of keys that the lists of the tile's rows name, -1 for none."""
     lists, met = jnp.asarray(mask.indices), rows_met(mask.block_sizes[0], tile)
-    K, rows = lists.shape[1:3]
-    n = tile.key_heads[:, None, None] if K != 1 else jnp.zeros((1, 1, 1), np.int32)
-    row = jnp.minimum(met.first + lax.iota(np.int32, met.count), met.last)
-    row = jnp.clip(row, 0, as_int32(rows - 1)).reshape(1, -1, 1)
+    n = tile.key_heads[:, None, None] if lists.shape[1] != 1 else jnp.zeros((1, 1, 1), np.int32)
     of_list = lax.iota(np.int32, lists.shape[3]).reshape(1, 1, -1)
-    found = lists[tile.entry_of(lists), n, row, of_list]
+    found = lists[tile.entry_of(lists), n, met.of(lists).reshape(1, -1, 1), of_list]
     return found.reshape(found.shape[0], -1)
 
 
@@ -199,6 +191,16 @@ class RowsMet(NamedTuple):
     first: Array
     last: Array
     count: int
+
+    def of(self, table: Array) -> Array:
+        """(count,): these rows of a table (B, N, rows, ...); the last is repeated."""
+        rows = jnp.minimum(self.first + lax.iota(np.int32, self.count), self.last)
+        return _within(rows, table.shape[2])
+
+
+def _within(i: Array, size: Any) -> Array:
+    """Indices below size: a symbolic length may have more blocks than a table is given for."""
+    return jnp.clip(i, 0, as_int32(size - 1))
 
 
 def rows_met(block: int, tile: QueryTile) -> RowsMet:

@@ -79,10 +79,8 @@ def _mended(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
         def add(tile: QueryTile, arrays: tuple[Operands, Array]) -> Array:
             operands, others = arrays
             v = kv_tile(plan, tile, operands.v, j, others.dtype, operands.pages)
-            kept = operands.scores.keep(tile, j)
-            if operands.scores.function is not None:
-                s = _logits(operands, _products(operands, plan, tile), tile, j)
-                kept = operands.scores.kept_logits(kept, s)
+            products = lambda j: _products(operands, plan, tile).scores(j)  # noqa: E731
+            kept = operands.scores.kept_pairs(tile, j, products)
             return with_nonfinite(kept, v, tile.of_instance(others))
 
         state, others = carry
@@ -127,7 +125,7 @@ def _step(
     def step(tile: QueryTile, arrays: tuple[Operands, online.State]) -> online.State:
         (operands, state), scores = arrays, arrays[0].scores
         products = _products(operands, plan, tile)
-        s = _logits(operands, products, tile, j)
+        s = scores.own_logits(tile, j, products.scores(j))
         if not scores.always_full(tile.kv):
             s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
         values, weigh, exp = clean(products.values(j)), products.weigh, products.exp
@@ -136,11 +134,6 @@ def _step(
         return online.absorb(_of_instance(tile, state), s, values, weigh, exp)
 
     return tile.each(step, (operands, state))
-
-
-def _logits(operands: Operands, products: Products, tile: QueryTile, j: Array) -> Array:
-    scores = operands.scores
-    return scores.logits(tile, j, scores.local(tile, j), products.scores(j))
 
 
 def _products(operands: Operands, plan: Plan, tile: QueryTile) -> Products:

@@ -169,19 +169,12 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
     products = plan.format.products(operands, plan, tile)
     careful = products.floats and not scores.always_full(tile.kv)
 
-    def logits(j: Array) -> Array:
-        return scores.logits(tile, j, scores.local(tile, j), products.scores(j))
-
-    def kept(j: Array) -> Array:
-        kept = scores.keep(tile, j)
-        return kept if scores.function is None else scores.kept_logits(kept, logits(j))
-
     def step(masked: bool) -> Callable[[Array, tuple], tuple]:
         absorb = _absorb(plan, tile, products, masked)
 
         def at(j: Array, carry: tuple) -> tuple:
             state, clean = carry
-            s, v = logits(j), products.values(j)
+            s, v = scores.own_logits(tile, j, products.scores(j)), products.values(j)
             if masked:
                 s = jnp.where(scores.keep(tile, j), s, -jnp.inf)
             if masked and careful:
@@ -198,6 +191,7 @@ def forward_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.Stat
     visited = key_tiles(operands, tile)
     state, clean = over_key_tiles(operands, tile, visited, step, (state, jnp.array(True)))
     if careful:
+        kept = lambda j: scores.kept_pairs(tile, j, products.scores)  # noqa: E731
         o = with_kept_nonfinite(operands, plan, tile, visited, kept, clean, state.o)
         state = state._replace(o=o)
     state = state._replace(o=products.finish(state.o))

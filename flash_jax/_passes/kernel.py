@@ -148,6 +148,5 @@ def _logits(
     operands: Operands, tile: QueryTile, products: Products, j: Array, kept: Array | None
 ) -> Array:
     """The logits of key tile j, -inf where they are not kept; None: all are."""
-    scores = operands.scores
-    s = scores.logits(tile, j, scores.local(tile, j), products.scores(j), True)
+    s = operands.scores.own_logits(tile, j, products.scores(j), True)
     return s if kept is None else tile.plus(s, jnp.where(kept, 0, -jnp.inf).astype(s.dtype))

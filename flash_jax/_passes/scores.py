@@ -10,6 +10,7 @@ https://arxiv.org/abs/2108.12409.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -111,6 +112,17 @@ class Scores(NamedTuple):
         """The mask kept, where it is not -inf by the score function that logits are masked."""
         return kept if self.function is None else kept & ~jnp.isneginf(s)
 
+    def kept_pairs(self, tile: QueryTile, j: Array, products: Callable[[Array], Array]) -> Array:
+        """As ``keep``, without pairs that the score function hides.
+
+        Args:
+            products: of key tile j.
+        """
+        kept = self.keep(tile, j)
+        if self.function is None:
+            return kept
+        return self.kept_logits(kept, self.own_logits(tile, j, products(j)))
+
     def products(self, q: Array, k: Array) -> Array:
         """Scaled queries (heads, rows, H) times keys (heads, block_kv, H)."""
         s = dot(q, k, axis=-1)
@@ -124,6 +136,10 @@ class Scores(NamedTuple):
             None if self.bias is None else tile.of_scores(self.bias, j),
             tuple(None if x is None else tile.of_instance(x) for x in self.captured),
         )
+
+    def own_logits(self, tile: QueryTile, j: Array, s: Array, fused: bool = False) -> Array:
+        """``logits`` with the parameters that they have on the tile."""
+        return self.logits(tile, j, self.local(tile, j), s, fused)
 
     def logits(
         self, tile: QueryTile, j: Array, local: Local, s: Array, fused: bool = False

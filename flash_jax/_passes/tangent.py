@@ -67,7 +67,7 @@ def tangent_tile(
         q, k = q_tile(plan, tile, operands.q, acc), kv_tile(plan, tile, operands.k, j, acc)
         scores = operands.scores
         s = scores.products(scores.scaled(tile, q), k)
-        return scores.logits(tile, j, scores.local(tile, j), s)
+        return scores.own_logits(tile, j, s)
 
     def step(masked: bool) -> Callable[[Array, tuple[Array, Array]], tuple[Array, Array]]:
         clean = finite if masked else lambda x: x
