@@ -160,7 +160,7 @@ def sparse_prefill(
     ``flash_attention`` as its mask.
 
     The cost is that of attention times the density, and of the choice: "antidiagonal" takes
-    1 / (2 * stride) of the operations of full attention, 3 % by default, in 9 % of its time, and
+    1 / (2 * stride) of the operations of full attention, 3 % by default, more of its time, and
     memory for 128 * S / stride scores per query head; "pooled" takes T S / (block_q * block_kv)
     scores per query head, and "mincut" a little more. Small blocks cost more per pair.
 
