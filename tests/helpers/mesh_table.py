@@ -1,8 +1,9 @@
 """Attention on 4 devices, beside that on one: run by ``test_partition.py``.
 
-python tests/helpers/mesh_table.py jit|meshes|caches|shard_map
+python tests/helpers/mesh_table.py jit|meshes|caches|shard_map [thorough]
 
-It prints what fails, then how many checks passed.
+It prints what fails, then how many checks passed. Each table has its rows of the default tier, and
+the rest of their products for the thorough one.
 """
 
 import sys
@@ -22,9 +23,9 @@ TABLES = {
 }
 
 
-def main(table):
+def main(table, tier="default"):
     assert jax.device_count() == 4
-    checks = list(TABLES[table]())
+    checks = list(TABLES[table](tier == "thorough"))
     passed = 0
     for name, check in checks:
         try:
