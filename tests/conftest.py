@@ -14,8 +14,6 @@ OPTIMIZED = (
     "test_peers.py",
     "test_short.py",
 )
-
-
 LONGEST = "test_partition.py", "test_ring.py", "test_processes.py"
 
 
