@@ -52,7 +52,7 @@ DRAWN = {
 }
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=6, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=10, database=None)
 @hypothesis.given(calls())
 def test_any_traced_options_together_agree_with_the_oracle(call):
     (B, T, S, N, K), static, names, seed = call

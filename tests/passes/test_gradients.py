@@ -180,7 +180,7 @@ def random_calls(draw):
     return sizes, static, draw(bits), draw(st.integers(0, 2**32 - 1))
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=8, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=16, database=None)
 @hypothesis.given(random_calls())
 def test_gradients_of_any_options_together_are_exact(drawn):
     (B, T, S, N, K), static, (biased, lengths, packed, masked), seed = drawn
