@@ -12,20 +12,21 @@ import traceback
 import cached_on_devices
 import jax
 import mesh_contexts
+import mesh_memory
 import partitioned
 import sharded
 
 TABLES = {
-    "jit": partitioned.checks,
-    "meshes": mesh_contexts.checks,
-    "caches": cached_on_devices.checks,
-    "shard_map": sharded.checks,
+    "jit": (partitioned, mesh_memory),
+    "meshes": (mesh_contexts,),
+    "caches": (cached_on_devices,),
+    "shard_map": (sharded,),
 }
 
 
 def main(table, tier="default"):
     assert jax.device_count() == 4
-    checks = list(TABLES[table](tier == "thorough"))
+    checks = [x for module in TABLES[table] for x in module.checks(tier == "thorough")]
     passed = 0
     for name, check in checks:
         try:
