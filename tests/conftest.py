@@ -29,18 +29,14 @@ def pytest_collection_modifyitems(config, items):
     # The longest tests first: else one process waits for them at the end. Then all that are not
     # optimized: a process that goes from one kind to the other forgets its programs.
     items.sort(key=lambda item: (item.path.name not in LONGEST, is_optimized(item)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    for item in items:  # the tests of a file share programs: one process runs them
+        if item.path.name not in LONGEST:
+            group = f"{item.path.name}, {'optimized' if is_optimized(item) else 'not'}"
+            item.add_marker(pytest.mark.xdist_group(group))
     whole = not any("::" in argument for argument in config.args) and not config.option.lf
     stale = tiers.unseen(config.option.markexpr.removeprefix("not "), items) if whole else ()
     if stale:
         raise pytest.UsageError(f"tests/helpers/tiers.py names tests that are not there: {stale}")
-
-
-def group_of(item):
-    """The tests of a file share programs: one process runs them. The longest have their own."""
-    path = item.nodeid if item.path.name in LONGEST else item.path.name
-    return f"{path}, optimized" if is_optimized(item) else path
 
 
 def is_optimized(item):
