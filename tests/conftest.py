@@ -4,15 +4,21 @@ import pytest
 import tiers
 from jax.experimental.compilation_cache import compilation_cache
 
-# LLVM takes most of the time to compile. It optimizes the programs of these files and of the quick
-# tests; all others are tests of formulas. `pytest --optimized` has it optimize those, too.
+# LLVM takes most of the time to compile. It optimizes the programs of these tests, for bits, errors
+# and texts of programs, and of the quick ones; a name stands here by its start. All others are tests
+# of formulas. `pytest --optimized` has it optimize those, too.
 OPTIMIZED = (
     "test_int8_accuracy.py",
-    "test_kernel.py",
+    "test_kernel.py::test_a_tile_is_one_kernel",
+    "test_kernel.py::test_attention_of_whole_rows_is_one_kernel",
+    "test_kernel.py::test_every_option_agrees_with_the_oracle[everything",
+    "test_kernel.py::test_the_future_and_padding_change_no_bit",
+    "test_kernel.py::test_what_is_masked_changes_no_bit",
+    "test_kernel.py::test_whole_rows",
     "test_minilm.py",
     "test_output.py",
-    "test_peers.py",
-    "test_short.py",
+    "test_peers.py::test_square_causal_attention_is_within_the_bound_of_torch",
+    "test_short.py::test_decoding_does_not_copy_the_cache",
 )
 LONGEST = "test_partition.py", "test_ring.py", "test_processes.py"
 
@@ -41,7 +47,8 @@ def pytest_collection_modifyitems(config, items):
 
 def is_optimized(item):
     quick = item.get_closest_marker("quick") is not None
-    return quick or item.path.name in OPTIMIZED or item.config.option.optimized
+    named = tiers.named(OPTIMIZED, item.path, item.nodeid)
+    return quick or named or item.config.option.optimized
 
 
 @pytest.fixture(autouse=True)

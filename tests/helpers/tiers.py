@@ -82,32 +82,27 @@ QUICK = (
     "test_choice.py::test_errors_name_the_argument",
 )
 
-FIRST = {
-    f"{file}::{test}": cases
-    for file, tests in tomllib.loads(
-        Path(__file__).with_name("first_cases.toml").read_text()
-    ).items()
-    for test, cases in tests.items()
-}
+FILES = tomllib.loads(Path(__file__).with_name("first_cases.toml").read_text())
+FIRST = {f"{file}::{test}": x for file, tests in FILES.items() for test, x in tests.items()}
 STARTS = {"floor": FLOOR, "quick": QUICK}
 
 
 def of(path, nodeid):
     """The tiers of a test: what marks it."""
-    name = _name(path, nodeid)
-    test, _, case = name.removesuffix("]").partition("[")
-    found = [tier for tier, starts in STARTS.items() if any(_is(x, path, name) for x in starts)]
+    found = [tier for tier, starts in STARTS.items() if named(starts, path, nodeid)]
+    test, _, case = _name(path, nodeid).removesuffix("]").partition("[")
     if test in FIRST and not any(_is_case(first, case) for first in FIRST[test]):
         found.append("thorough")
     return found
 
 
+def named(starts, path, nodeid):
+    """Whether one of the starts is that of a test's name, or its folder."""
+    return _name(path, nodeid).startswith(starts) or f"{path.parent.name}/" in starts
+
+
 def _name(path, nodeid):
     return path.name + nodeid[nodeid.find("::") :]
-
-
-def _is(start, path, name):
-    return name.startswith(start) or start == f"{path.parent.name}/"
 
 
 def _is_case(first, case):
@@ -116,11 +111,12 @@ def _is_case(first, case):
 
 def unseen(tier, items):
     """What the lists of a tier name and no test is, in the files that were collected or in none."""
-    seen = [(x.path, _name(x.path, x.nodeid)) for x in items]
     starts = STARTS.get(tier, ())
     if tier == "thorough":
-        names = [f"{test}[{case}]" for test, cases in FIRST.items() for case in cases]
-        starts = [name.removesuffix("*]") for name in names] + [x for x in FIRST if not FIRST[x]]
-    files, tests = {path.name for path, _ in seen}, Path(__file__).parents[1]
-    absent = (x for x in starts if not any(_is(x, *test) for test in seen))
+        cases = [f"{test}[{case}]" for test, cases in FIRST.items() for case in cases]
+        starts = [case.removesuffix("*]") for case in cases] + [x for x in FIRST if not FIRST[x]]
+    files, tests = {item.path.name for item in items}, Path(__file__).parents[1]
+    names = {_name(x.path, x.nodeid) for x in items} | {f"{x.path.parent.name}/" for x in items}
+    lines = "\n".join(["", *names])
+    absent = (x for x in starts if f"\n{x}" not in lines)
     return [x for x in absent if (file := x.split("::")[0]) in files or not [*tests.rglob(file)]]
