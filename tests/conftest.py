@@ -5,7 +5,7 @@ import tiers
 from jax.experimental.compilation_cache import compilation_cache
 
 # LLVM takes most of the time to compile. It optimizes the programs of these tests, for bits, errors
-# and texts of programs, and of the quick ones; a name stands here by its start. All others are tests
+# and texts of programs, and of the quick ones; a name is here by its start. All others are tests
 # of formulas. `pytest --optimized` has it optimize those, too.
 OPTIMIZED = (
     "test_int8_accuracy.py",
