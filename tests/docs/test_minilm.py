@@ -11,7 +11,6 @@ from oracle import max_error, numpy_attention
 
 from flash_jax import flash_attention, flash_attention_int8
 
-pytestmark = pytest.mark.xdist_group("minilm")  # where CI asks for it, fixtures are made once
 INT8_BFLOAT16 = functools.partial(flash_attention_int8, probability_dtype="bfloat16")
 BOTH = flash_attention, flash_attention_int8
 WITHIN = pytest.mark.parametrize(

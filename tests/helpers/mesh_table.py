@@ -1,8 +1,9 @@
 """Attention on 4 devices, beside that on one: run by ``test_partition.py``.
 
-python tests/helpers/mesh_table.py jit|meshes|caches|shard_map
+python tests/helpers/mesh_table.py jit|meshes|caches|shard_map [thorough]
 
-It prints what fails, then how many checks passed.
+It prints what fails, then how many checks passed. Each table has its rows of the default tier, and
+the rest of their products for the thorough one.
 """
 
 import sys
@@ -11,20 +12,21 @@ import traceback
 import cached_on_devices
 import jax
 import mesh_contexts
+import mesh_memory
 import partitioned
 import sharded
 
 TABLES = {
-    "jit": partitioned.checks,
-    "meshes": mesh_contexts.checks,
-    "caches": cached_on_devices.checks,
-    "shard_map": sharded.checks,
+    "jit": (partitioned, mesh_memory),
+    "meshes": (mesh_contexts,),
+    "caches": (cached_on_devices,),
+    "shard_map": (sharded,),
 }
 
 
-def main(table):
+def main(table, tier="default"):
     assert jax.device_count() == 4
-    checks = list(TABLES[table]())
+    checks = [x for module in TABLES[table] for x in module.checks(tier == "thorough")]
     passed = 0
     for name, check in checks:
         try:

@@ -7,7 +7,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from paths import PATHS, derivatives
-from unoptimized import run
+from unoptimized import UNOPTIMIZED, run
 
 from flash_jax import flash_attention
 
@@ -36,15 +36,19 @@ OUT = "BTNH", "BNT"  # the axes of output and lse
 # Elements that have a step of their own: one path of every kind. The others run where elements
 # share a step.
 LONG = "causal", "Mask", "INT8", "bias", "parameters", "dropout", "kernels"
-RUN = "Mask", "INT8", "dropout", "segments", "decode", "kernels on int8"
+RUN = "Mask", "dropout", "decode", "kernels on int8"
+THOROUGH = "INT8", "segments"  # which run in the thorough tier
 
 
 def spec(axes, cuts):
     return PartitionSpec(*(cuts.get(axis) for axis in axes))
 
 
-def alone(path, x, weights):
-    return jax.tree.map(np.asarray, run(functools.partial(derivatives, path), x, weights))
+def alone(path, *calls):
+    """The results of one program for each of the arrays and weights."""
+    function = jax.jit(functools.partial(derivatives, path))
+    compiled = function.lower(*calls[0]).compile(compiler_options=UNOPTIMIZED)
+    return [jax.tree.map(np.asarray, compiled(*call)) for call in calls]
 
 
 def part(y, axes, cuts, i, count):
@@ -57,18 +61,18 @@ def part(y, axes, cuts, i, count):
 
 def parts(path, x, weights, cuts, count):
     """The unsharded function of each device's own part, put together."""
-    results = []
+    calls = []
     for i in range(count):
         own = {name: part(y, path.all_axes[name], cuts, i, count) for name, y in x.items()}
         ws = (part(w, axes, cuts, i, count) for w, axes in zip(weights, OUT, strict=True))
-        results.append(alone(path, own, tuple(ws)))
+        calls.append((own, tuple(ws)))
 
     def join(axes, ys):
         cut = [n for n, axis in enumerate(axes) if axis in cuts]
         return np.concatenate(ys, cut[0]) if cut else sum(ys)
 
     names = {name: path.all_axes[name] for name in path.floats}
-    return jax.tree.map(lambda axes, *ys: join(axes, ys), (OUT, OUT, names), *results)
+    return jax.tree.map(lambda axes, *ys: join(axes, ys), (OUT, OUT, names), *alone(path, *calls))
 
 
 def sharded(path, mesh, cuts, vma):
@@ -106,14 +110,18 @@ def check_gradients_inside(x):
         np.testing.assert_allclose(y, right, rtol=0, atol=1e-4)
 
 
-def checks():
+def checks(thorough):
     """Every path on a mesh, by name. What it computes is another test's: most are traced only."""
     others = [name for name in PATHS if name not in (*LONG, "plain", "lengths")]
+    runs = THOROUGH if thorough else RUN
     for length, names in (("long", LONG), ("short", others)):
         meshes = meshes_of(length)
         for i, name in enumerate(names):
-            run = functools.partial(check, name, length, *meshes[i % len(meshes)], name in RUN)
-            yield f"{name}, {length}", run
+            if name in runs or not thorough:
+                run = functools.partial(check, name, length, *meshes[i % len(meshes)], name in runs)
+                yield f"{name}, {length}", run
+    if thorough:
+        return
     for name in LONG:
         run = functools.partial(check, name, "short", *meshes_of("short")[0], False)
         yield f"{name}, short", run
@@ -133,6 +141,6 @@ def check(name, length, mesh, cuts, vma, runs):
         jax.eval_shape(functools.partial(derivatives, ours), x, weights)
     elif path.per_shard:  # dropout goes by the indices on each device
         count = mesh.shape[next(iter(cuts.values()))]
-        compare(alone(ours, x, weights), parts(path, x, weights, cuts, count))
+        compare(*alone(ours, (x, weights)), parts(path, x, weights, cuts, count))
     else:
-        compare(alone(ours, x, weights), alone(path, x, weights))
+        compare(*alone(ours, (x, weights)), *alone(path, (x, weights)))

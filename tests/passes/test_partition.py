@@ -3,11 +3,21 @@
 import re
 
 import pytest
-from processes import run_script
+from processes import UNOPTIMIZED, run_script
+
+
+def check(*table):
+    printed = run_script("mesh_table.py", *table, devices=4, **UNOPTIMIZED)
+    assert re.fullmatch(r"(\d+) of \1 passed\n", printed), printed[-4000:]
 
 
 @pytest.mark.parametrize("table", ["jit", "shard_map", "meshes", "caches"])
 def test_the_mesh_table(table):
     """``jit`` gathers nothing that it need not, and nothing more is communicated than is stated."""
-    printed = run_script("mesh_table.py", table, devices=4)
-    assert re.fullmatch(r"(\d+) of \1 passed\n", printed), printed[-4000:]
+    check(table)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("table", ["jit", "shard_map", "caches"])
+def test_the_rest_of_the_mesh_table(table):
+    check(table, "thorough")

@@ -37,10 +37,10 @@ FUNCTIONS = pytest.mark.parametrize("attend", [flash_attention, flash_attention_
 def test_a_program_does_not_depend_on_the_hash_seed():
     """Else JAX's compilation cache misses, and the hosts of a job compile different programs."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(3))
-    first, *others = printed
+        printed = pool.map(lambda n: run_script("lowered.py", PYTHONHASHSEED=str(n)), range(2))
+    first, other = printed
     assert len(first.splitlines()) == len(NAMES) + 1
-    assert others == [first] * 2
+    assert other == first
 
 
 # The kernel on int8 is below; its derivatives are made as those of INT8.
