@@ -60,8 +60,8 @@ def with_kept_nonfinite(
 
 def with_nonfinite(kept: Array, v: Array, o: Array) -> Array:
     """o (heads, rows, Hv) with the NaN and infinities of v (heads, keys, Hv) that are kept."""
-    kinds = [jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)]
-    for kind, value in zip(kinds, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
-        seen = dot(kept.astype(o.dtype), kind.astype(o.dtype))
-        o += jnp.where(seen > 0, jnp.array(value, o.dtype), 0)
+    kinds = jnp.concatenate([jnp.isnan(v), jnp.isposinf(v), jnp.isneginf(v)], axis=-1)
+    seen = jnp.split(dot(kept.astype(o.dtype), kinds.astype(o.dtype)) > 0, 3, axis=-1)
+    for rows, value in zip(seen, (jnp.nan, jnp.inf, -jnp.inf), strict=True):
+        o += jnp.where(rows, jnp.array(value, o.dtype), 0)
     return o

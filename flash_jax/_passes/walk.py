@@ -20,6 +20,7 @@ from .._masks.schedule import HeadVisits, Visits, visits, visits_of_heads
 from .._tiles.axis import Axis
 from .._tiles.symbolic import as_int32, known
 from .._tiles.tile import QueryTile
+from .._tiles.xla import divided
 from .operands import Dimensions, Operands, varying_as
 from .plan import Plan
 
@@ -65,14 +66,14 @@ def over_query_tiles(
             together = instances_per_step(plan.step_scores, dims.instances, scores * copies, keys)
 
     def at(count: Array, carry: C) -> C:
-        instance, count = jnp.divmod(count, as_int32(dims.K // heads * q.count))
-        group, i = jnp.divmod(count, as_int32(q.count))
+        instance, count = divided(count, as_int32(dims.K // heads * q.count))
+        group, i = divided(count, as_int32(q.count))
         instance = instance * together
         tile = whole._replace(
             q=q,
             kv=kv,
             instance=instance,
-            element=instance % as_int32(plan.elements),
+            element=divided(instance, as_int32(plan.elements))[1],
             head=group * heads,
             heads=heads,
             i=i,

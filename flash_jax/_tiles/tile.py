@@ -19,6 +19,7 @@ from jax import numpy as jnp
 
 from .axis import Axis, Range
 from .symbolic import as_int32
+from .xla import divided
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -208,7 +209,7 @@ class QueryTile(NamedTuple):
             served = self.instances // x.shape[0]
             if served == 1:
                 return lax.dynamic_slice_in_dim(x, self.instance, self.together)
-            return x if x.shape[0] == 1 else x[(self.instance + count) // as_int32(served)]
+            return x if x.shape[0] == 1 else x[divided(self.instance + count, as_int32(served))[0]]
 
         def of_one(element: Array, leaves: list[Array]) -> R:
             entries = [x if axis is None else x[None] for x, axis in zip(leaves, axes, strict=True)]
@@ -217,12 +218,12 @@ class QueryTile(NamedTuple):
 
         leaves, tree = jax.tree.flatten(arrays)
         axes = [None if x.shape[0] == 1 else 0 for x in leaves]
-        elements = (self.element + count) % as_int32(self.elements)
+        elements = divided(self.element + count, as_int32(self.elements))[1]
         return jax.vmap(of_one, in_axes=(0, axes))(elements, [part(x) for x in leaves])
 
     def entry_of(self, x: Array) -> Array:
         """Index into the first axis of x: the entry that serves the instance."""
-        return self.instance // as_int32(self.instances // x.shape[0])
+        return divided(self.instance, as_int32(self.instances // x.shape[0]))[0]
 
     def of_instance(self, x: Any) -> Array:
         """The entry of x that serves the instance, without the first axis."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
@@ -93,6 +93,14 @@ def apart(x: Array) -> Array:
 @apart.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return apart(*primals), tangents[0]
+
+
+def divided(x: ArrayLike, n: ArrayLike) -> tuple[Array, Array]:
+    """Quotient and remainder of int32 x >= 0 and n > 0.
+
+    Those of ``jnp`` round down where x is negative, too, for which XLA makes several kernels each.
+    """
+    return lax.div(x, n), lax.rem(x, n)
 
 
 def grown_from(x: Array, j: Array) -> Array:
