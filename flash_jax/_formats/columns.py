@@ -13,6 +13,7 @@ walk's format computes them again, head by head (``few_rows``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from jax import Array
@@ -23,7 +24,7 @@ from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.load import slice_tile
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot_of_rows, rounded
+from .._tiles.xla import apart, dot_of_rows, in_pieces, rounded
 from .few_rows import of_all_heads
 
 
@@ -53,7 +54,8 @@ class Columns:
 
         def weigh(p: Array, v: Array) -> Array:
             p = p.astype(dtype).reshape(K * R, -1)
-            o = dot_of_rows(p, v, -2, np.float32).reshape(K, R, K, -1)
+            weighed = functools.partial(dot_of_rows, axis=-2, dtype=np.float32)
+            o = in_pieces(weighed, p, v).reshape(K, R, K, -1)
             return jnp.moveaxis(jnp.diagonal(o, axis1=0, axis2=2), -1, 0)
 
         return Products(

@@ -7,6 +7,7 @@ a transposition or a select would write them once more. The few rows stand on th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from jax import Array
@@ -15,7 +16,7 @@ from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, dot_of_rows, rounded
+from .._tiles.xla import apart, dot, dot_of_rows, in_pieces, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +44,22 @@ class InPlace:
                 return tile.of_instance(x).astype(self.dtype)
             return kv_tile(plan, tile, x, j, self.dtype, operands.pages)
 
-        def multiplied(rows: Array, x: Array, axis: int) -> Array:
-            return product(rows.astype(self.dtype), x, axis, acc)
-
         def scores(j: Array) -> Array:
-            s = multiplied(q, held(operands.k, j), -1)
+            s = product(q, held(operands.k, j), -1, acc)
             if self.dtype != acc:
                 # Scaled afterwards: a scaled query would have to be rounded.
                 s = s * tile.of_instance(operands.scores.scale)
             # A product of size 1 is none to XLA, which would fuse it with the sums that follow.
             return s if self.dtype == acc and q.shape[-1] > 1 else rounded(s)
 
+        def weigh(p: Array, v: Array) -> Array:
+            weighed = functools.partial(product, axis=-2, dtype=acc)
+            p = p.astype(self.dtype)
+            return weighed(p, v) if self.dtype == acc else in_pieces(weighed, p, v)
+
         return Products(
             scores=scores,
             values=lambda j: held(operands.v, j),
-            weigh=lambda p, v: multiplied(p, v, -2),
+            weigh=weigh,
             finish=lambda o: o,
         )

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
+
+_PIECES = range(512, 255, -1)  # sizes, the best first
+_BYTES_IN_CACHE = 2**19
 
 
 def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
@@ -51,6 +55,20 @@ def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
         precision=lax.DotAlgorithmPreset.DEFAULT,
         preferred_element_type=np.int32,
     )
+
+
+def in_pieces(product: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
+    """product(a, b) of a (..., M, K) and b (..., K, N), as a sum over pieces of K.
+
+    XLA brings bfloat16 b into another order first, all of a matrix, and then reads it once more for
+    the product. A piece of it is still in the cache by then (0.12).
+    """
+    (*lead, M, K), N = a.shape, b.shape[-1]
+    size = next((n for n in _PIECES if K % n == 0), K)
+    if size == K or K * N * b.dtype.itemsize < _BYTES_IN_CACHE:
+        return product(a, b)
+    a = jnp.swapaxes(a.reshape(*lead, M, K // size, size), -3, -2)
+    return jnp.sum(product(apart(a), b.reshape(*lead, K // size, size, N)), axis=-3)
 
 
 def rounded(x: Array) -> Array:

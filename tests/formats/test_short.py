@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from oracle import assert_within_bound, attention
+from oracle import assert_within_bound, attention, error_bound, finite_error
 
-from flash_jax import PredicateMask, flash_attention, flash_attention_with_lse
+from flash_jax import KVCache, PredicateMask, attend, flash_attention, flash_attention_with_lse
 
 ONE_KEY_TILE, MANY_KEY_TILES = (64, 1024), (64, 7)  # of the second, a step does one element
 
@@ -37,6 +37,19 @@ def check(arrays, block_sizes=None, **options):
 )
 def test_few_queries_agree_with_the_oracle(B, T, S, N, K, dtype, rng):
     check(inputs(rng, B=B, T=T, S=S, N=N, K=K, H=7, Hv=5, dtype=dtype))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_few_queries_of_many_keys_in_bfloat16_agree_with_the_oracle(cached, rng):
+    """Where the processor multiplies bfloat16, values are weighed in pieces of 507 of these."""
+    q, k, v = inputs(rng, B=1, T=2, S=1521, N=2, K=1, H=3, Hv=181, dtype=jnp.bfloat16)
+    call = flash_attention
+    if cached:
+        cache = KVCache.empty(1, 1521, 1, 3, value_dim=181, dtype=jnp.bfloat16).append(k, v)
+        call = lambda q, k, v: attend(q, cache, is_causal=False)  # noqa: E731
+    exact, plain = (attention(q, k, v, dtype=x)[0] for x in (None, jnp.bfloat16))
+    error = finite_error(call(q, k, v), exact)
+    assert error <= error_bound(plain, exact, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("lengths", [(37, 1, 0), (18, 37, 29)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_jax._tiles.xla import apart
+from flash_jax._tiles.xla import apart, divided, dot, in_pieces
 
 pytestmark = pytest.mark.quick
 
@@ -24,3 +24,23 @@ def test_apart_is_linear_in_both_modes():
     _, moved = jax.jvp(apart, (x,), (2 * jnp.ones(3),))
     assert moved.tolist() == [2.0] * 3
     assert jax.grad(lambda x: jnp.sum(apart(x)))(x).tolist() == [1.0] * 3
+
+
+def test_divided_is_quotient_and_remainder():
+    x, n = np.arange(29, dtype=np.int32), np.int32(7)
+    for y, right in zip(divided(x, n), np.divmod(x, n), strict=True):
+        np.testing.assert_array_equal(y, right)
+
+
+@pytest.mark.parametrize("K", [1024, 1020, 1021, 130])  # of 512, of 510, a prime, and few
+def test_a_product_in_pieces_is_the_product(K, rng):
+    a, b = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((2, 3, K), (2, K, 257)))
+    shapes = []
+
+    def product(a, b):
+        shapes.append(b.shape)
+        return dot(a, b)
+
+    np.testing.assert_array_equal(in_pieces(product, a, b), a @ b)
+    pieces = {1024: (2, 2, 512, 257), 1020: (2, 2, 510, 257)}
+    assert shapes == [pieces.get(K, b.shape)]
