@@ -74,7 +74,9 @@ class BytesInPlace:
             v, v_scale = values
             p = p * v_scale[:, None]
             most = jnp.max(p, axis=-1, keepdims=True)
-            high, low = _as_bytes((p * (_STEPS / jnp.where(most > 0, most, 1))).astype(np.int32))
+            # Rounded to the nearest: cut off, many small ones would be missing in the sum.
+            steps = p * (_STEPS / jnp.where(most > 0, most, 1)) + 0.5
+            high, low = _as_bytes(steps.astype(np.int32))
             rows = jnp.concatenate([high, low], axis=1)
             sums = vmap(lambda a, b: dot_u8_s8(a, b, axis=0))(rows, v).astype(np.float32)
             of_high, of_low = sums[:, : tile.rows], sums[:, tile.rows :]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import attention
 
-from flash_jax import attend, attend_with_lse
+from flash_jax import KVCache, attend, attend_with_lse
 
 counts = st.tuples(*[st.integers(0, 3)] * B)
 calls = st.one_of(
@@ -172,3 +172,15 @@ def test_without_causality_all_tokens_are_read(rng):
     cache, query = empty().append(key, value, [9, 4]), tokens(rng, 4)[2]
     exact, _ = attention(query, key, value, key_value_seq_lengths=[9, 4])
     np.testing.assert_allclose(attend(query, cache, is_causal=False), exact, atol=3e-6)
+
+
+def test_many_small_probabilities_of_int8_are_not_cut_off(rng):
+    """One key has weight 1, and all others together have some 0.1, each at most 4 steps of 16 bits."""
+    S = 4099
+    key = np.zeros((1, S, 1, 2), np.float32)
+    key[0, 1:, 0, 0] = np.log(rng.uniform(0.01, 4, S - 1) / 65535)
+    value = np.ones((1, S, 1, 1), np.float32)
+    cache = KVCache.empty(1, S, 1, 2, value_dim=1, dtype="int8").append(key, value)
+    query = np.array([1, 0], np.float32).reshape(1, 1, 1, 2)
+    out = attend(query, cache, scale=1.0, query_offset=S - 1)
+    np.testing.assert_allclose(out, 1, rtol=2e-3)
