@@ -175,7 +175,7 @@ def test_without_causality_all_tokens_are_read(rng):
 
 
 def test_many_small_probabilities_of_int8_are_not_cut_off(rng):
-    """One key has weight 1, and all others together have some 0.1, each at most 4 steps of 16 bits."""
+    """One key has weight 1; all others have some 0.1 together, each at most 4 steps of 16 bits."""
     S = 4099
     key = np.zeros((1, S, 1, 2), np.float32)
     key[0, 1:, 0, 0] = np.log(rng.uniform(0.01, 4, S - 1) / 65535)
