@@ -1,7 +1,8 @@
 """The two products of few query rows with all keys and values, which lie heads first in a cache.
 
 Reading is what takes the time, so nothing is done to keys and values beside the products: a slice,
-a transposition or a select would write them once more. The few rows stand on the left.
+a transposition or a select would write them once more. The few rows stand on the left, but those
+that meet bfloat16 keys (``dot_of_many``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, dot_of_rows, in_pieces, rounded
+from .._tiles.xla import apart, dot, dot_of_many, dot_of_rows, in_pieces, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,13 @@ class InPlace:
             return kv_tile(plan, tile, x, j, self.dtype, operands.pages)
 
         def scores(j: Array) -> Array:
-            s = product(q, held(operands.k, j), -1, acc)
+            k = held(operands.k, j)
             if self.dtype != acc:
                 # Scaled afterwards: a scaled query would have to be rounded.
-                s = s * tile.of_instance(operands.scores.scale)
+                return rounded(dot_of_many(q, k, acc) * tile.of_instance(operands.scores.scale))
+            s = product(q, k, -1, acc)
             # A product of size 1 is none to XLA, which would fuse it with the sums that follow.
-            return s if self.dtype == acc and q.shape[-1] > 1 else rounded(s)
+            return s if q.shape[-1] > 1 else rounded(s)
 
         def weigh(p: Array, v: Array) -> Array:
             weighed = functools.partial(product, axis=-2, dtype=acc)

@@ -35,9 +35,20 @@ def dot_of_rows(a: Array, b: Array, axis: int, dtype: DTypeLike) -> Array:
 
     Of one row XLA would convert 16-bit b to float32, all of it and first (0.10, 0.12).
     """
-    if a.shape[-2] > 1:
-        return dot(a, b, axis, dtype)
-    return dot(jnp.concatenate([a, a], axis=-2), b, axis, dtype)[..., :1, :]
+    return dot(_two_at_least(a), b, axis, dtype)[..., : a.shape[-2], :]
+
+
+def _two_at_least(a: Array) -> Array:
+    return a if a.shape[-2] > 1 else jnp.concatenate([a, a], axis=-2)
+
+
+def dot_of_many(a: Array, b: Array, dtype: DTypeLike) -> Array:
+    """a (..., M, K) times b (..., N, K) transposed, for few rows of a: b is on the left.
+
+    There XLA reads bfloat16 as it lies; what is on the right it brings into another order (0.12).
+    """
+    product = dot(b, apart(_two_at_least(a)), -1, dtype)[..., : a.shape[-2]]
+    return apart(jnp.swapaxes(product, -1, -2))
 
 
 def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
