@@ -159,7 +159,6 @@ CHECKS = (
     programs_in_the_compilation_cache,
 )
 
-
 # A cache on a mesh is called outside of jit by default, and float64 is tested on one device.
 THOROUGH = outside_of_jit, float64
 
