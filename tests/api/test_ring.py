@@ -15,10 +15,10 @@ from flash_jax._api.zigzag import needed_rounds
 CASES = (
     ("pairs", "lengths"),
     ("causal", "vmap", "masks", "dropout"),
-    ("parameters", "window", "windows", "blocks", "score_mod"),
+    ("parameters", "windows", "blocks", "score_mod"),
 )
 THOROUGH = (
-    ("one device", "broadcast dropout", "keys"),
+    ("one device", "broadcast dropout", "keys", "window"),
     ("one position", "bfloat16", "nothing"),
 )
 

@@ -112,12 +112,12 @@ def check_explicit(divided, cache):
 
 # What is stored, what is divided and how many tokens are new; then of caches on an Explicit mesh.
 CASES = (
-    *(("float32", "batch", 1), ("int8", "kv heads", 1), ("int8", "keys", 1)),
+    *(("float32", "batch", 1), ("int8", "kv heads", 1)),
     *(("window", "keys", 3), ("float32", "keys", 33)),
 )
 THOROUGH = (
     *(("float32", "kv heads", 1), ("float32", "keys", 1), ("int8", "batch", 1)),
-    ("bfloat16", "keys", 1),
+    *(("int8", "keys", 1), ("bfloat16", "keys", 1)),
 )
 EXPLICIT = {"batch": "float32", "keys": "int8"}
 THOROUGH_EXPLICIT = {"kv heads": "float32"}

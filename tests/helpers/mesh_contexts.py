@@ -153,18 +153,18 @@ CHECKS = (
     meshes_of_any_number_of_devices,
     a_mesh_that_is_set,
     shardings_of_arguments,
-    outside_of_jit,
     no_mesh_at_all,
     two_meshes_in_one_program,
-    float64,
     an_exported_program,
     programs_in_the_compilation_cache,
 )
 
+# A cache on a mesh is called outside of jit by default, and float64 is tested on one device.
+THOROUGH = outside_of_jit, float64
+
 
 def checks(thorough):
-    """The checks by name; each raises where it fails. None is of the thorough tier."""
-    assert not thorough
+    """The checks by name; each raises where it fails."""
     expected = np.asarray(attend(*arrays()))
-    for check in CHECKS:
+    for check in THOROUGH if thorough else CHECKS:
         yield check.__name__, lambda check=check: check(expected)

@@ -121,10 +121,10 @@ def checks(thorough):
                 run = functools.partial(check, name, length, *meshes[i % len(meshes)], name in runs)
                 yield f"{name}, {length}", run
     if thorough:
+        for name in LONG:
+            run = functools.partial(check, name, "short", *meshes_of("short")[0], False)
+            yield f"{name}, short", run
         return
-    for name in LONG:
-        run = functools.partial(check, name, "short", *meshes_of("short")[0], False)
-        yield f"{name}, short", run
     x = PATHS["plain"].arrays(np.random.default_rng(20180508), **SIZES["long"])
     yield "gradients inside", functools.partial(check_gradients_inside, x)
 

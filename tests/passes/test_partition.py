@@ -18,6 +18,6 @@ def test_the_mesh_table(table):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("table", ["jit", "shard_map", "caches"])
+@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes", "caches"])
 def test_the_rest_of_the_mesh_table(table):
     check(table, "thorough")
