@@ -57,15 +57,14 @@ def dot_u8_s8(a: Array, b: Array, axis: int = 1) -> Array:
     XLA converts both operands to int32 first, and multiplies several times slower, where the
     precision is JAX's default, and where a has a single row (0.10, 0.12).
     """
-    if a.shape[0] == 1:
-        return dot_u8_s8(jnp.concatenate([a, a]), b, axis)[:1]
-    return lax.dot_general(
-        a,
+    product = lax.dot_general(
+        _two_at_least(a),
         b,
         (((1,), (axis,)), ((), ())),
         precision=lax.DotAlgorithmPreset.DEFAULT,
         preferred_element_type=np.int32,
     )
+    return product[: a.shape[0]]
 
 
 def in_pieces(product: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
