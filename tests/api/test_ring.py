@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from processes import UNOPTIMIZED, run_script
+from processes import run_script
+from unoptimized import ENVIRONMENT
 
 from flash_jax import flash_attention, from_zigzag, ring_attention, to_zigzag
 from flash_jax._api.zigzag import needed_rounds
@@ -30,7 +31,7 @@ THOROUGH = (
 )
 def test_a_ring_gives_what_the_unsharded_call_gives(names):
     """The results and derivatives of both modes, on one to four devices."""
-    printed = run_script("ring.py", *names, devices=4, **UNOPTIMIZED)
+    printed = run_script("ring.py", *names, devices=4, **ENVIRONMENT)
     assert printed == f"{len(names)} passed\n", printed[-4000:]
 
 

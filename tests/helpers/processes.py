@@ -5,9 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Where the programs are compared with others: LLVM would take most of the time.
-UNOPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
 
 def run_script(name, *arguments, devices=1, **environment):
     """What a script of this folder prints, run in a process of its own on so many CPU devices."""

@@ -46,9 +46,8 @@ def spec(axes, cuts):
 
 def alone(path, *calls):
     """The results of one program for each of the arrays and weights."""
-    function = jax.jit(functools.partial(derivatives, path))
-    compiled = function.lower(*calls[0]).compile(compiler_options=UNOPTIMIZED)
-    return [jax.tree.map(np.asarray, compiled(*call)) for call in calls]
+    function = jax.jit(functools.partial(derivatives, path), compiler_options=UNOPTIMIZED)
+    return [jax.tree.map(np.asarray, function(*call)) for call in calls]
 
 
 def part(y, axes, cuts, i, count):

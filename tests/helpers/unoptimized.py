@@ -5,6 +5,7 @@ For tests of formulas: bits, and what must hold of the program that users get, n
 
 import jax
 
+ENVIRONMENT = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of a process, for all of its programs
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 

@@ -3,11 +3,12 @@
 import re
 
 import pytest
-from processes import UNOPTIMIZED, run_script
+from processes import run_script
+from unoptimized import ENVIRONMENT
 
 
 def check(*table):
-    printed = run_script("mesh_table.py", *table, devices=4, **UNOPTIMIZED)
+    printed = run_script("mesh_table.py", *table, devices=4, **ENVIRONMENT)
     assert re.fullmatch(r"(\d+) of \1 passed\n", printed), printed[-4000:]
 
 
