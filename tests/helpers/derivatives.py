@@ -38,7 +38,7 @@ def gradients(call, cotangents, run=optimized):
     return run(differentiable, arrays, cotangents, static)
 
 
-def plain_attention(differentiable, kept, distance, dropout):
+def plain_attention(differentiable, kept, distance, dropout, score_mod=None):
     """The formula with every score at once; probabilities have the dtype of query."""
     query, key, value, bias, scale, cap, slopes, sinks = map(differentiable.get, DIFFERENTIABLE)
     sum_dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -51,6 +51,8 @@ def plain_attention(differentiable, kept, distance, dropout):
         s = s - slopes[:, None, None] * distance.astype(s.dtype)
     if bias is not None:
         s = s + jnp.where(kept, bias, 0).astype(s.dtype)
+    if score_mod is not None:
+        s = score_mod(s, *np.ogrid[tuple(map(slice, s.shape))])
     s = jnp.where(kept, s, -jnp.inf)
     m = jnp.max(s, axis=-1, keepdims=True)
     shift = lax.stop_gradient(jnp.where(jnp.isneginf(m), 0, m))

@@ -1,7 +1,8 @@
-"""Calls that ``jit`` divides over a mesh, beside the undivided call: run by ``mesh_table.py``.
+"""Calls that ``jit`` divides over a mesh, beside the formula: run by ``mesh_table.py``.
 
 A case is a path, how a mesh divides its axes, and what is done with it. Its program is compiled
-once, is looked at for collectives, and runs on 4 devices.
+once, is looked at for collectives, and runs on 4 devices. What no formula here has, dropout and
+INT8, is beside the undivided call.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from formula import formula
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from paths import Path, derivatives, model
 from unoptimized import UNOPTIMIZED, run
 
-from flash_jax import BlockSparseMask, Mask, PredicateMask, flash_attention_int8_with_lse
+from flash_jax import (
+    BlockSparseMask,
+    Mask,
+    PredicateMask,
+    flash_attention_int8_with_lse,
+    flash_attention_with_lse,
+)
 from flash_jax._masks.base import mask_type
 
 B, T, S, N, H = 4, 24, 40, 8, 5  # which tiles of 5 and 7 do not divide, whole or in parts
@@ -44,8 +52,10 @@ def mesh_of(kind: AxisType, cuts: Mapping[str, Any]) -> jax.sharding.Mesh:
     return jax.make_mesh((2, 2), ("d", "m"), axis_types=(kind,) * 2)
 
 
+WINDOW = {"is_causal": True, "local_window_size": (25, 4)}
+CAUSAL = {"is_causal": True, "query_offset": 9}
 EVERYTHING = Path(
-    model(is_causal=True, local_window_size=(25, 4), block_sizes=TILES),
+    model(**WINDOW, block_sizes=TILES),
     {
         "query_seq_lengths": "B",
         "key_value_seq_lengths": "B",
@@ -61,10 +71,8 @@ EVERYTHING = Path(
     },
     floats=("query", "key", "value", "bias", "sinks", "alibi_slopes", "scale", "logits_soft_cap"),
 )
-PLAIN = Path(model(is_causal=True, query_offset=9, block_sizes=TILES))
-DROPOUT = Path(
-    model(dropout_rate=0.4, dropout_rng=jax.random.key(3), is_causal=True, query_offset=9)
-)
+PLAIN = Path(model(**CAUSAL, block_sizes=TILES))
+DROPOUT = Path(model(dropout_rate=0.4, dropout_rng=jax.random.key(3), **CAUSAL))
 
 
 def predicate(b, n, t, s):
@@ -83,7 +91,7 @@ class LastKeysMask(Mask):
         return some, tile.keys.first >= tile.key_count - 1 - tile.queries.first
 
 
-def scored(x):
+def scored(x, attend=flash_attention_with_lse):
     """By positions of the whole call, and by a table that every device has."""
     x = dict(x)
     table = x.pop("table")
@@ -92,7 +100,7 @@ def scored(x):
         new = score * (1 + b / 8) + table[h % H, (q_index - k_index) % H]
         return jnp.where((q_index * 3 + k_index) % 7 == 2, -jnp.inf, new)
 
-    return model(score_mod=mod, block_sizes=TILES)(x)
+    return attend(**x, score_mod=mod, block_sizes=TILES)
 
 
 SCORED = Path(scored, {"table": "HH"}, floats=("query", "key", "value", "table"))
@@ -104,12 +112,40 @@ TABLE = np.random.default_rng(7).random((B, N, 4, 4)) < 0.5  # blocks that parts
 PATHS = {
     "everything": EVERYTHING,
     "plain": PLAIN,
+    "whole rows": Path(
+        model(**CAUSAL)
+    ),  # a device's part is one tile, where tiles aren't the point
     "dropout": DROPOUT,
     "INT8": INT8,
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
     "score_mod": SCORED,
-    "blocks": Path(model(mask=BlockSparseMask(TABLE, (6, 10)), is_causal=True, query_offset=9)),
+    "blocks": Path(model(mask=BlockSparseMask(TABLE, (6, 10)), **CAUSAL)),
     "predicate": Path(model(mask=PredicateMask(predicate) | LastKeysMask())),
+}
+
+
+def kept_by_predicate(b, n, t, s):
+    return predicate(b, n, t, s) | (s >= s.size - 1 - t)
+
+
+def masked(keep, **options):
+    """The formula with a mask in NumPy, of indices b, n, t and s."""
+
+    def call(x):
+        shape = B, N, x["query"].shape[1], x["key"].shape[1]
+        return formula(**x, mask=keep(*np.ogrid[tuple(map(slice, shape))]), **options)
+
+    return call
+
+
+FORMULAS = {
+    "everything": model(formula, **WINDOW),
+    "plain": model(formula, **CAUSAL),
+    "whole rows": model(formula, **CAUSAL),
+    "decode": model(formula, is_causal=True),
+    "score_mod": functools.partial(scored, attend=formula),
+    "blocks": masked(lambda b, n, t, s: TABLE[b, n, t // 6, s // 10], **CAUSAL),
+    "predicate": masked(kept_by_predicate),
 }
 LONG = {"T": 128, "S": 128}  # a device's part is large enough for kernels
 
@@ -139,15 +175,15 @@ BOTH, ACROSS = APART["batch and heads"], APART["queries and keys"]
 # Every path, every way to divide a call and everything that is done with one, at least once.
 CASES = (
     Case("everything", ACROSS, **EXPLICIT),
-    Case("plain", {"N": "x"}, "forward", K=2, reduced=0),
-    Case("plain", {"T": "x", "S": "x"}, "forward", gathers=True),
-    Case("plain", ACROSS, "hvp"),
+    Case("whole rows", {"N": "x"}, "forward", K=2, reduced=0),
+    Case("whole rows", {"T": "x", "S": "x"}, "forward", gathers=True),
+    Case("whole rows", ACROSS, "hvp"),
     Case("dropout", ACROSS, "forward"),
     Case("INT8", BOTH),
     Case("blocks", ACROSS, "forward"),
     Case("decode", APART["keys"], "forward", reduced=3, **EXPLICIT),
     Case("plain", {"T": "m"}, "forward", mapped="d"),
-    Case("plain", BOTH, "scan"),
+    Case("whole rows", BOTH, "scan"),
     Case("score_mod", ACROSS, **EXPLICIT),
     Case("predicate", ACROSS, "forward", sizes=LONG),
 )
@@ -155,6 +191,10 @@ CASES = (
 THOROUGH = (
     *(Case("everything", cuts) for cuts in (APART["batch"], APART["heads"], ACROSS)),
     Case("everything", {"T": "x", "S": "x"}, gathers=True),
+    Case("plain", {"N": "x"}, "forward", K=2, reduced=0),
+    Case("plain", {"T": "x", "S": "x"}, "forward", gathers=True),
+    Case("plain", ACROSS, "hvp"),
+    Case("plain", BOTH, "scan"),
     *(Case("plain", APART[name]) for name in ("queries", "keys")),
     Case("plain", {"N": "x"}, K=1),
     Case("plain", {"N": "x"}, K=2, gathers=True),  # what two devices have of a gradient
@@ -190,9 +230,8 @@ def spec(axes, cuts):
     return PartitionSpec(*(x if x not in names[:i] else None for i, x in enumerate(names)))
 
 
-def function_of(case: Case) -> Callable[..., Any]:
+def function_of(case: Case, path: Path) -> Callable[..., Any]:
     """What is compiled: a function of the arrays of the path, and of weights of its results."""
-    path = PATHS[case.path]
     if case.of == "derivatives":
         function = functools.partial(derivatives, path)
     else:
@@ -240,10 +279,15 @@ def inputs(name: str, K: int, mapped: bool, sizes: tuple) -> tuple[dict, tuple, 
 
 
 @functools.cache
-def undivided(name: str, of: str, K: int, mapped: bool, sizes: tuple) -> Any:
+def expected_of(name: str, of: str, K: int, mapped: bool, sizes: tuple) -> Any:
     case = Case(name, {}, of, K=K, mapped=None if mapped else False)
     x, weights, _ = inputs(name, K, mapped, sizes)
-    return jax.tree.map(np.asarray, run(function_of(case), x, weights))
+    path = PATHS[name]
+    given = x if name not in FORMULAS else {name: x[name] for name in path.floats}
+    rest = {name: y for name, y in x.items() if name not in given}  # concrete, as a formula asks
+    call = FORMULAS.get(name, path.call)
+    function = function_of(case, path._replace(call=lambda x: call(rest | x)))
+    return jax.tree.map(np.asarray, run(function, given, weights))
 
 
 def check(case: Case) -> None:
@@ -256,9 +300,10 @@ def check(case: Case) -> None:
     x = {name: put(y, axes[name]) for name, y in x.items()}
     lead = "4" if mapped else ""
     weights = tuple(put(w, lead + axes) for w, axes in zip(weights, OUT, strict=True))
-    compiled = jax.jit(function_of(case)).lower(x, weights).compile(compiler_options=UNOPTIMIZED)
+    function = function_of(case, PATHS[case.path])
+    compiled = jax.jit(function).lower(x, weights).compile(compiler_options=UNOPTIMIZED)
     found = compiled(x, weights)
-    compare(found, undivided(case.path, case.of, case.K, mapped, sizes))
+    compare(found, expected_of(case.path, case.of, case.K, mapped, sizes))
     counts = collectives(compiled)
     assert case.gathers or not counts["all-gather"], counts
     assert case.reduced in (None, counts["all-reduce"]), counts

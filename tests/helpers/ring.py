@@ -1,4 +1,4 @@
-"""Ring attention beside the unsharded call, in a process with four devices: see ``test_ring.py``.
+"""Ring attention beside the formula, in a process with four devices: see ``test_ring.py``.
 
 python tests/helpers/ring.py CASE...
 
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from formula import formula
+from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from unoptimized import run
@@ -47,8 +49,9 @@ class Case(NamedTuple):
         arrays: of the random generator and the lengths of the whole sequences: other arrays, each
             with its axes. An axis W is one of keys that is not divided.
         floats: what has derivatives.
-        kinds: what is compared.
+        kinds: what is compared; see ``derivatives``.
         call: of an attention function and the arrays.
+        kept: what the call's mask keeps: of the arrays, and of indices b, h, t and s of pairs.
         dtype: of query, key and value.
         data: over how many devices the batch is divided.
         vma: whether ``shard_map`` keeps account of what varies.
@@ -61,8 +64,9 @@ class Case(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     arrays: Callable[..., dict[str, tuple[Any, str]]] = lambda rng, T, S: {}
     floats: tuple[str, ...] = ("query", "key", "value")
-    kinds: tuple[str, ...] = ("primal", "gradient")
+    kinds: tuple[str, ...] = ("gradient",)
     call: Callable[..., Any] = lambda attend, x: attend(**x)
+    kept: Callable[..., Any] | None = None
     dtype: Any = np.float32
     data: int = 1
     vma: bool = True
@@ -127,6 +131,11 @@ def by_masks(attend, x):
     return attend(*qkv, mask=mask)
 
 
+def kept_by_masks(x, b, h, t, s):
+    kept = ((s < x["prefix"][b]) | (s <= t)) & (s < x["kv"])
+    return kept & (x["q_ids"][b, t] == x["kv_ids"][b, s]) & some_pairs(b, h, t, s)
+
+
 def by_scores(attend, x):
     """By positions of the whole sequences, and by a table that every device has."""
     table = x["table"]
@@ -138,11 +147,13 @@ def by_scores(attend, x):
     return attend(x["query"], x["key"], x["value"], score_mod=mod)
 
 
+TABLE = np.random.default_rng(5).random((N, 3, 6)) < 0.6
+
+
 def by_blocks(attend, x):
     """The table is of the whole sequences, and blocks of it lie on two devices."""
-    table = np.random.default_rng(5).random((N, 3, 6)) < 0.6
     qkv = (x[name] for name in ("query", "key", "value"))
-    return attend(*qkv, mask=BlockSparseMask(table, (5, 3)), is_causal=True)
+    return attend(*qkv, mask=BlockSparseMask(TABLE, (5, 3)), is_causal=True)
 
 
 def mapped(attend, x):
@@ -166,7 +177,7 @@ CASES = {
         {"local_window_size": (9, 4)},
         parameters,
         ("query", "key", "value", "logits_soft_cap", "scale", "alibi_slopes", "sinks"),
-        ("primal", "tangent", "gradient"),
+        ("tangent", "gradient"),
     ),
     "window": Case(4, "zigzag", 6, 6, {"is_causal": True, "local_window_size": (4, 0)}),
     "windows": Case(
@@ -181,7 +192,7 @@ CASES = {
     "one position": Case(
         4, "contiguous", 1, 1, {"is_causal": True}, of_keys, ("query", "key", "bias")
     ),
-    "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks),
+    "masks": Case(3, "zigzag", 6, 8, {}, of_masks, call=by_masks, kept=kept_by_masks),
     "score_mod": Case(
         2,
         "zigzag",
@@ -190,10 +201,17 @@ CASES = {
         {},
         lambda rng, T, S: {"table": (floats(rng, N, 5), "N5")},
         ("query", "key", "value", "table"),
-        ("primal", "tangent", "gradient"),
+        ("tangent", "gradient"),
         by_scores,
     ),
-    "blocks": Case(2, "zigzag", 6, 8, {}, call=by_blocks),
+    "blocks": Case(
+        2,
+        "zigzag",
+        6,
+        8,
+        call=by_blocks,
+        kept=lambda x, b, h, t, s: TABLE[h, t // 5, s // 3],
+    ),
     "vmap": Case(2, "zigzag", 6, 6, call=mapped, data=2),
     "bfloat16": Case(
         4,
@@ -202,7 +220,7 @@ CASES = {
         6,
         {"is_causal": True},
         dtype=jnp.bfloat16,
-        kinds=("primal", "tangent", "gradient"),
+        kinds=("tangent", "gradient"),
     ),
     "nothing": Case(2, "zigzag", 4, 4, {"is_causal": True, "query_offset": -9}, kinds=EVERY),
 }
@@ -249,27 +267,48 @@ def sharded(case, axes):
 
 
 def derivatives(call, case, x, weights):
-    """The results, their tangents, the gradients of a weighed sum, a product with its Hessian."""
+    """The results, their tangents, the gradients of a weighed sum, a product with its Hessian.
+
+    Results come with the gradients where there is no program of them alone, and a product with the
+    Hessian comes with the tangents and the gradients.
+    """
     given = {name: x[name] for name in case.floats}
     moving = jax.tree.map(lambda y: jnp.cos(3 * y.astype(np.float32)).astype(y.dtype), given)
 
     def results(given):
         out, lse = call(x | given)
-        return out, jnp.where(jnp.isneginf(lse), 0, lse)
+        return (out, jnp.where(jnp.isneginf(lse), 0, lse)), lse
 
     def gradient(given):
-        return jax.vjp(results, given)[1](weights)[0]
+        primals, pull_back, lse = jax.vjp(results, given, has_aux=True)
+        return primals, pull_back(weights)[0], lax.stop_gradient(lse)
 
     found = {}
     if "primal" in case.kinds:
         found["primal"] = call(x)
+    if "second" in case.kinds:
+        of_both = jax.jvp(gradient, (given,), (moving,))
+        found["gradient"], (found["tangent"], found["second"], _) = of_both
+        return found
     if "tangent" in case.kinds:
-        found["tangent"] = jax.jvp(results, (given,), (moving,))[1]
+        found["tangent"] = jax.jvp(lambda given: results(given)[0], (given,), (moving,))[1]
     if "gradient" in case.kinds:
         found["gradient"] = gradient(given)
-    if "second" in case.kinds:
-        found["second"] = jax.jvp(gradient, (given,), (moving,))[1]
     return found
+
+
+def of_formula(case, x, T, S):
+    """A function of what has derivatives, which is as the ring's; what masks stays concrete."""
+
+    def attend(*qkv, mask=None, **options):
+        if case.kept is not None:
+            mask = case.kept(x, *np.ogrid[:B, :N, :T, :S])
+        return formula(*qkv, mask=mask, **case.options, **options)
+
+    if "dropout_rate" in case.options:  # which drops what the undivided call drops
+        attend = functools.partial(flash_attention_with_lse, **case.options)
+    call = lambda given: case.call(attend, x | given)  # noqa: E731
+    return lambda given, weights: derivatives(call, case, given, weights)
 
 
 def check(case):
@@ -282,12 +321,9 @@ def check(case):
     axes = {"query": "BTNH", "key": "BSKH", "value": "BSKH"}
     axes |= {name: a for name, (_, a) in others.items()}
     weights = floats(rng, B, T, N, HV).astype(case.dtype), floats(rng, B, N, T)
-    plain = functools.partial(
-        case.call, functools.partial(flash_attention_with_lse, **case.options)
-    )
-    ours = functools.partial(derivatives, sharded(case, axes), case)
-    theirs = functools.partial(derivatives, plain, case)
-    found, expected = (run(f, x, weights) for f in (ours, theirs))
+    found = run(functools.partial(derivatives, sharded(case, axes), case), x, weights)
+    given = {name: x[name] for name in case.floats}
+    expected = run(of_formula(case, x, T, S), given, weights)
     eps = 1e-5 if case.dtype == np.float32 else 2e-2
     for kind, right in expected.items():
         pairs = zip(jax.tree.leaves_with_path(right), jax.tree.leaves(found[kind]), strict=True)
