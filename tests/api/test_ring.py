@@ -15,8 +15,7 @@ from flash_jax._api.zigzag import needed_rounds
 
 CASES = (
     ("pairs", "lengths"),
-    ("causal", "vmap", "masks", "dropout"),
-    ("parameters", "windows", "blocks", "score_mod"),
+    ("causal", "vmap", "masks", "dropout", "parameters", "windows", "blocks", "score_mod"),
 )
 THOROUGH = (
     ("one device", "broadcast dropout", "keys", "window"),
@@ -30,7 +29,7 @@ THOROUGH = (
     ids=", ".join,
 )
 def test_a_ring_gives_what_the_unsharded_call_gives(names):
-    """The results and derivatives of both modes, on one to four devices."""
+    """By the formula: the results and derivatives of both modes, on one to four devices."""
     printed = run_script("ring.py", *names, devices=4, **ENVIRONMENT)
     assert printed == f"{len(names)} passed\n", printed[-4000:]
 

@@ -1,6 +1,6 @@
 """Attention on 4 devices, beside that on one: run by ``test_partition.py``.
 
-python tests/helpers/mesh_table.py jit|meshes|caches|shard_map [thorough]
+python tests/helpers/mesh_table.py jit|meshes|shard_map [thorough]
 
 It prints what fails, then how many checks passed. Each table has its rows of the default tier, and
 the rest of their products for the thorough one.
@@ -19,8 +19,7 @@ import sharded
 TABLES = {
     "jit": (partitioned, mesh_memory),
     "meshes": (mesh_contexts,),
-    "caches": (cached_on_devices,),
-    "shard_map": (sharded,),
+    "shard_map": (sharded, cached_on_devices),  # two short ones in one process
 }
 
 

@@ -12,13 +12,13 @@ def check(*table):
     assert re.fullmatch(r"(\d+) of \1 passed\n", printed), printed[-4000:]
 
 
-@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes", "caches"])
+@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes"])
 def test_the_mesh_table(table):
     """``jit`` gathers nothing that it need not, and nothing more is communicated than is stated."""
     check(table)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes", "caches"])
+@pytest.mark.parametrize("table", ["jit", "shard_map", "meshes"])
 def test_the_rest_of_the_mesh_table(table):
     check(table, "thorough")
