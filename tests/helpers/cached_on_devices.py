@@ -110,9 +110,7 @@ def check_explicit(divided, cache):
         return *step(cache, *more), cache.append(*more[1:])
 
     grown = changed(cache, arrays)
-    if (
-        cache.keys.dtype == np.int8
-    ):  # whose probabilities are rounded: a bound for the formula is wide
+    if cache.keys.dtype == np.int8:  # rounds what the formula does not
         expected, _ = step(grown, *more)
     else:
         expected = formula(grown.append(*more[1:]), more[0])

@@ -112,9 +112,7 @@ TABLE = np.random.default_rng(7).random((B, N, 4, 4)) < 0.5  # blocks that parts
 PATHS = {
     "everything": EVERYTHING,
     "plain": PLAIN,
-    "whole rows": Path(
-        model(**CAUSAL)
-    ),  # a device's part is one tile, where tiles aren't the point
+    "whole rows": Path(model(**CAUSAL)),  # a device's part is one tile
     "dropout": DROPOUT,
     "INT8": INT8,
     "decode": Path(model(is_causal=True), {"query_offset": "B"}, one_query=True),
