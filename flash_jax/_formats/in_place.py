@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import numpy as np
 from jax import Array
@@ -25,6 +26,8 @@ class InPlace:
     """Floats, multiplied in a dtype: that of the sums, or bfloat16."""
 
     dtype: np.dtype
+    score_bytes: ClassVar[int] = 6
+    least_queries: ClassVar[int] = 8
 
     def products(
         self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False
