@@ -18,7 +18,7 @@ from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, dot_of_many, dot_of_rows, in_pieces, rounded
+from .._tiles.xla import apart, dot_of_batch, dot_of_many, dot_of_rows, in_pieces, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class InPlace:
 
         whole = tile.kv.count == 1 and operands.pages is None
         # A slice is multiplied by one row several times slower, too (0.12).
-        product = dot if whole and self.dtype == acc else dot_of_rows
+        product = dot_of_batch if whole and self.dtype == acc else dot_of_rows
 
         def held(x: Array, j: Array) -> Array:
             if whole:
