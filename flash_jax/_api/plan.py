@@ -31,7 +31,7 @@ from .._tiles.symbolic import known
 # are few scores one more way of computing them is not worth its time to compile.
 FEWEST_SCORES = 2**16
 MOST_FEW = 16  # queries that are multiplied with a cache at once
-FEW_BYTES = 2**22  # of a tile of keys: past 8 MiB of copies each step pays for fresh pages
+FEW_BYTES = 2**20  # of a tile of keys, which is copied: it stays in the cache
 
 
 def plan_floats(

@@ -15,6 +15,7 @@ A query is off by at most 1 / 65534 of its largest number, and a row of probabil
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jax import Array, vmap
@@ -34,6 +35,9 @@ _ZERO_POINT = 2**15
 @dataclasses.dataclass(frozen=True)
 class BytesInPlace:
     """Queries in floats; keys and values in int8 with a scale per row."""
+
+    score_bytes: ClassVar[int] = 12
+    least_queries: ClassVar[int] = 2
 
     def products(
         self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False

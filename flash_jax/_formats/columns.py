@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import numpy as np
 from jax import Array
@@ -31,6 +32,9 @@ from .few_rows import of_all_heads
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """bfloat16, of all heads together."""
+
+    score_bytes: ClassVar[int] = 6
+    least_queries: ClassVar[int] = 8
 
     def products(
         self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False

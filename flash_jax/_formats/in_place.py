@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import numpy as np
 from jax import Array
@@ -17,7 +18,7 @@ from .._passes.operands import Dimensions, Operands, kv_tile, q_tile
 from .._passes.plan import Plan
 from .._passes.products import Products
 from .._tiles.tile import QueryTile
-from .._tiles.xla import apart, dot, dot_of_many, dot_of_rows, in_pieces, rounded
+from .._tiles.xla import apart, dot_of_batch, dot_of_many, dot_of_rows, in_pieces, rounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class InPlace:
     """Floats, multiplied in a dtype: that of the sums, or bfloat16."""
 
     dtype: np.dtype
+    score_bytes: ClassVar[int] = 6
+    least_queries: ClassVar[int] = 8
 
     def products(
         self, operands: Operands, plan: Plan, tile: QueryTile, fused: bool = False
@@ -38,7 +41,7 @@ class InPlace:
 
         whole = tile.kv.count == 1 and operands.pages is None
         # A slice is multiplied by one row several times slower, too (0.12).
-        product = dot if whole and self.dtype == acc else dot_of_rows
+        product = dot_of_batch if whole and self.dtype == acc else dot_of_rows
 
         def held(x: Array, j: Array) -> Array:
             if whole:

@@ -5,6 +5,10 @@ no longer than reading these, so all keys are multiplied in one step. Only where
 than a part of them, as in a cache that is not full yet, is a loop over the tiles of that part
 faster.
 
+The scores of a step are all there at once. Above ``MOST_BYTES`` malloc has their memory mapped anew
+in every call, and its pages, filled with zeros one by one, take longer than reading all keys again:
+then the queries come in several steps.
+
 A NaN or an infinity among the values reaches all rows, masked or not, since 0 * NaN is NaN. So
 where the sums are not finite, they are computed again of finite values, in the format of the walk,
 and rows get the others that they may read (``nonfinite``).
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jax import Array, lax
@@ -22,7 +26,6 @@ from jax import numpy as jnp
 
 from .._masks.schedule import SKIPPED
 from .._tiles.axis import Axis
-from .._tiles.layout import Layout
 from .._tiles.tile import QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
@@ -32,25 +35,38 @@ from .plan import Plan
 from .products import Products
 from .walk import over, whole_tile
 
+C = TypeVar("C")
 
-def attend_few(operands: Operands, plan: Plan, results: Any) -> Any:
-    """The results of the forward pass, of the type, the shapes and the dtypes of ``results``."""
-    dims = Dimensions.of(operands, plan)
-    tile = whole_tile(operands, plan)._replace(together=dims.instances)
+MOST_BYTES = 2**25  # the most that glibc takes from memory that it has kept
+
+
+def over_few(operands: Operands, plan: Plan, step: Callable[[QueryTile, C], C], carry: C) -> C:
+    """Folds ``step`` over the tiles of few queries, each of all instances and heads."""
+    dims, few = Dimensions.of(operands, plan), plan.few
+    assert few is not None
+    steps = 1
+    if operands.pages is None:  # else tiles of keys are read in any case
+        size = dims.instances * dims.N * dims.S * few.score_bytes
+        steps = -(-dims.T // min(dims.T, max(few.least_queries, MOST_BYTES // size)))
+    q = Axis.of(dims.T, -(-dims.T // steps))
+    tile = whole_tile(operands, plan)._replace(q=q, together=dims.instances)
+    if steps == 1:
+        return step(tile, carry)
+    at = lambda i, carry: step(tile._replace(i=i), carry)  # noqa: E731
+    return over(jnp.int32(q.count), at, varying_as(operands, carry))
+
+
+def few_tile(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
+    """The state (instances, heads, rows) of a tile of ``over_few`` after all keys that it reads."""
     state = _state(operands, plan, tile)
-    if jnp.issubdtype(operands.v.dtype, jnp.floating):
-        clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
-        mended = lambda: _mended(operands, plan, tile)  # noqa: E731
-        state = lax.cond(clean, lambda: state, mended)
-    out, lse = online.finish(state)
-    out = out.reshape(dims.instances, dims.N, dims.T, dims.Hv).astype(plan.dtype)
-    if plan.layout is Layout.HEADS_LAST:
-        out = jnp.swapaxes(out, 1, 2)
-    return type(results)(out, *(x.reshape(results.lse.shape) for x in (lse, state.m, state.l)))
+    if not jnp.issubdtype(operands.v.dtype, jnp.floating):
+        return state
+    clean = in_every_element(jnp.isfinite(jnp.sum(state.o * 0)))
+    return lax.cond(clean, lambda: state, lambda: _mended(operands, plan, tile))
 
 
 def _state(operands: Operands, plan: Plan, tile: QueryTile) -> online.State:
-    """The state (instances, heads, rows) after all keys that are read."""
+    """As ``few_tile``, where all values are finite."""
     whole = lambda: _step(operands, plan, tile, jnp.int32(0), start)  # noqa: E731
     start, tiles = _start(operands, plan, tile), _in_tiles(plan, tile)
     if tiles.kv.count == 1 and operands.pages is None:

@@ -20,7 +20,7 @@ from .._tiles.load import put_tile, take_tiles
 from .._tiles.tile import QueryTile
 from .._tiles.xla import in_every_element
 from . import online_softmax as online
-from .few_rows import attend_few
+from .few_rows import few_tile, over_few
 from .kernel import kernel_tile, whole_rows, with_ones
 from .nonfinite import all_finite, finite, with_kept_nonfinite
 from .operands import Dimensions, Operands, kept_weights, with_sinks
@@ -57,7 +57,10 @@ def forward(operands: Operands, plan: Plan) -> Results:
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     if plan.few is not None:
-        return attend_few(operands, plan, results)
+        step = lambda tile, results: _with_tile(  # noqa: E731
+            plan, tile, results, few_tile(operands, plan, tile)
+        )
+        return over_few(operands, plan, step, results)
     if not _kernels(operands, plan):
         return _exact(operands, plan, results)
     return _exact(operands, plan, *_by_kernels(operands, plan, results))

@@ -13,7 +13,7 @@ import numpy as np
 from .._checks.shapes import accumulator
 from .._tiles.axis import BlockSizes
 from .._tiles.layout import Layout
-from .products import Format
+from .products import FewFormat, Format
 
 # Of a step of kernels. No score is stored, but would be should XLA not fuse: 256 MiB at the most.
 KERNEL_SCORES = 2**26
@@ -92,7 +92,7 @@ class Plan:
     step_numbers: int | None = None
     kernel: BlockSizes | None = None
     multiplied: np.dtype | None = None
-    few: Format | None = None
+    few: FewFormat | None = None
     few_keys: int = 0
     lse: bool = True
     fused: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from jax import Array
 
@@ -35,3 +35,15 @@ class Format(Protocol):
             fused: for one kernel per tile, of operations that XLA's library has (``kernel``).
         """
         ...
+
+
+class FewFormat(Format, Protocol):
+    """A format of few query rows, which are multiplied with all keys at once.
+
+    Attributes:
+        score_bytes: of temporaries, for every score of a step.
+        least_queries: a step has at least so many, since all keys are read for it.
+    """
+
+    score_bytes: ClassVar[int]
+    least_queries: ClassVar[int]

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 _PIECES = range(512, 255, -1)  # sizes, the best first
 _BYTES_IN_CACHE = 2**19
+_FEW_ROWS = 8
 
 
 def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
@@ -30,12 +31,37 @@ def dot(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> A
     return lax.dot_general(a, b, dimensions, preferred_element_type=dtype or a.dtype)
 
 
+def dot_of_batch(a: Array, b: Array, axis: int = -2, dtype: DTypeLike | None = None) -> Array:
+    """As ``dot``; where one operand has few rows, XLA sees one batch axis, whatever ``vmap`` adds.
+
+    With several, such products are slower by up to 1.5 times. With more rows they are faster (0.12).
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(a: Array, b: Array) -> Array:
+        lead, b_rows = a.shape[:-2], b.shape[-3 - axis]
+        if len(lead) < 2 or min(a.shape[-2], b_rows) > _FEW_ROWS:
+            return dot(a, b, axis, dtype)
+        a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+        result = dot(a, b, axis, dtype)
+        return result.reshape(*lead, *result.shape[1:])
+
+    @product.def_vmap
+    def _(_size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
+        if all(batched):
+            return product(a, b), True
+        in_axes = [0 if x else None for x in batched]  # what is shared would be copied
+        return jax.vmap(lambda a, b: dot(a, b, axis, dtype), in_axes)(a, b), True
+
+    return product(a, b)
+
+
 def dot_of_rows(a: Array, b: Array, axis: int, dtype: DTypeLike) -> Array:
-    """As ``dot``, for few rows: where a has a single one it is multiplied twice.
+    """As ``dot_of_batch``, for few rows: where a has a single one it is multiplied twice.
 
     Of one row XLA would convert 16-bit b to float32, all of it and first (0.10, 0.12).
     """
-    return dot(_two_at_least(a), b, axis, dtype)[..., : a.shape[-2], :]
+    return dot_of_batch(_two_at_least(a), b, axis, dtype)[..., : a.shape[-2], :]
 
 
 def _two_at_least(a: Array) -> Array:
@@ -47,7 +73,7 @@ def dot_of_many(a: Array, b: Array, dtype: DTypeLike) -> Array:
 
     There XLA reads bfloat16 as it lies; what is on the right it brings into another order (0.12).
     """
-    product = dot(b, apart(_two_at_least(a)), -1, dtype)[..., : a.shape[-2]]
+    product = dot_of_batch(b, apart(_two_at_least(a)), -1, dtype)[..., : a.shape[-2]]
     return apart(jnp.swapaxes(product, -1, -2))
 
 

@@ -1,12 +1,29 @@
 """A cache, after any schedule of calls, is read as a list of its tokens would be."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from cache_oracle import Rows
-from caches import KINDS, B, Hv, N, append, assert_agrees, both, empty, grow, rounding, tokens
+from caches import (
+    KINDS,
+    B,
+    G,
+    Hv,
+    N,
+    append,
+    assert_agrees,
+    both,
+    empty,
+    grow,
+    rounding,
+    tokens,
+    with_lse,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import numpy as jnp
 from oracle import attention
 
 from flash_jax import KVCache, attend, attend_with_lse
@@ -123,6 +140,25 @@ def test_of_a_long_cache_the_filled_part_is_read(kind, rng):
         rows.last = [(2, 0)] * B
         exact, _ = rows.attend(query[:, :2])
         np.testing.assert_allclose(last(query[:, :2], cache), exact, atol=rounding(cache))
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_several_queries_of_a_long_cache_come_in_steps(kind, rng):
+    """So the scores that are there at once, which make all temporaries, do not grow with them."""
+    T, slots = 13, 61001
+    cache, rows = both(kind, slots=slots)
+    for n in (slots - T, T):
+        key, value, query = tokens(rng, n)
+        cache = grow(cache, rows, kind, key, value, (n, n))
+    assert_agrees(cache, rows, query)
+    program = with_lse.lower(query, cache).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**25
+    if kind == "float32":  # a NaN of token 9 shows from query 9 on, in the rows of its head alone
+        out = np.array(attend(query, cache))
+        values = cache.values.at[0, 1, slots - T + 9].set(jnp.nan)
+        worse = attend(query, dataclasses.replace(cache, values=values))
+        out[0, 9:, G:] = np.nan
+        np.testing.assert_allclose(worse, out, atol=1e-6)
 
 
 @pytest.mark.parametrize(("shared", "T"), [(True, 2), (False, 18)])

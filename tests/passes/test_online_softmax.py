@@ -6,13 +6,13 @@ from jax import numpy as jnp
 from flash_jax._passes import online_softmax as online
 from flash_jax._passes.exp import exp
 
+absorb, finish, merge = map(jax.jit, (online.absorb, online.finish, online.merge))
+
 
 def state_of(s, v, block):
     state = online.start(len(s), v.shape[-1], s.dtype)
     for j in range(0, s.shape[1], block):
-        state = online.absorb(
-            state, jnp.asarray(s[:, j : j + block]), jnp.asarray(v[j : j + block])
-        )
+        state = absorb(state, s[:, j : j + block], v[j : j + block])
     return state
 
 
@@ -31,7 +31,7 @@ def scores(rng):
 
 @pytest.mark.parametrize("block", [1, 4, 7, 30])
 def test_blocks_of_any_size_give_softmax_and_logsumexp(block, scores):
-    out, lse = online.finish(state_of(*scores, block))
+    out, lse = finish(state_of(*scores, block))
     expected = exact(*scores)
     np.testing.assert_allclose(out, expected[0], atol=2e-6)
     np.testing.assert_allclose(lse, expected[1], atol=2e-6)
@@ -42,16 +42,16 @@ def test_merge_is_associative_commutative_and_has_an_identity(scores):
     a, b, c = (
         state_of(s[:, part], v[part], 5) for part in (slice(0, 3), slice(3, 17), slice(17, 30))
     )
-    expected = online.finish(state_of(s, v, 30))
+    expected = finish(state_of(s, v, 30))
     for merged in (
-        online.merge(online.merge(a, b), c),
-        online.merge(a, online.merge(b, c)),
-        online.merge(c, online.merge(b, a)),
+        merge(merge(a, b), c),
+        merge(a, merge(b, c)),
+        merge(c, merge(b, a)),
     ):
-        for x, y in zip(online.finish(merged), expected, strict=True):
+        for x, y in zip(finish(merged), expected, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
     identity = online.start(7, 3, jnp.float32)
-    for x, y in zip(online.merge(a, identity), a, strict=True):
+    for x, y in zip(merge(a, identity), a, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
@@ -59,19 +59,19 @@ def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(scores):
     s, v = scores
     s[2] = -np.inf
     s[4, :29] = -np.inf
-    out, lse = online.finish(state_of(s, v, 4))
+    out, lse = finish(state_of(s, v, 4))
     np.testing.assert_array_equal(out[2], 0)
     assert lse[2] == -np.inf
     np.testing.assert_array_equal(out[4], v[29])
     np.testing.assert_allclose(lse[4], s[4, 29], rtol=1e-6)
-    empty = online.merge(*(online.start(7, 3, jnp.float32),) * 2)
+    empty = merge(*(online.start(7, 3, jnp.float32),) * 2)
     assert not np.isnan(jnp.concatenate([x.ravel() for x in empty])).any()
 
 
 def test_logits_of_any_size_give_finite_results(scores):
     s, v = scores
     for scale in (1e30, -1e30, 0.0):
-        for x in online.finish(state_of(s * np.float32(scale), v, 4)):
+        for x in finish(state_of(s * np.float32(scale), v, 4)):
             assert np.isfinite(x).all()
 
 
