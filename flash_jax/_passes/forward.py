@@ -57,9 +57,10 @@ def forward(operands: Operands, plan: Plan) -> Results:
         lse = jnp.broadcast_to(sinks, results.lse.shape)
         return results._replace(lse=lse, m=lse, l=jnp.ones_like(lse))
     if plan.few is not None:
-        step = lambda tile, results: _with_tile(  # noqa: E731
-            plan, tile, results, few_tile(operands, plan, tile)
-        )
+
+        def step(tile: QueryTile, results: Results) -> Results:
+            return _with_tile(plan, tile, results, few_tile(operands, plan, tile))
+
         return over_few(operands, plan, step, results)
     if not _kernels(operands, plan):
         return _exact(operands, plan, results)
