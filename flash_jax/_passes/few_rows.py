@@ -47,7 +47,7 @@ def over_few(operands: Operands, plan: Plan, step: Callable[[QueryTile, C], C], 
     steps = 1
     if operands.pages is None:  # else tiles of keys are read in any case
         size = dims.instances * dims.N * dims.S * few.score_bytes
-        steps = -(-dims.T // min(dims.T, max(few.least_queries, MOST_BYTES // size)))
+        steps = -(-dims.T // max(few.least_queries, MOST_BYTES // size))
     q = Axis.of(dims.T, -(-dims.T // steps))
     tile = whole_tile(operands, plan)._replace(q=q, together=dims.instances)
     if steps == 1:

@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from derivatives import floats, hessian_vector_product, jvp, weighed
+from derivatives import MASKING, floats, hessian_vector_product, jvp, weighed
+from formula import formula
 from gradient_oracle import attention_gradients
 from jax import numpy as jnp
 from options import int32, random_inputs
@@ -111,37 +112,9 @@ def options_of(rng):
     }
 
 
-def formula(x, kept, mod, options):
-    """Every score at once, in float64."""
-    q, k, v = (jnp.asarray(x[name]) for name in ("query", "key", "value"))
-    k, v = (jnp.repeat(y, N // 2, axis=2) for y in (k, v))
-    s = jnp.einsum("btnh,bsnh->bnts", q, k) * options.get("scale", 5**-0.5)
-    if "logits_soft_cap" in options:
-        s = options["logits_soft_cap"] * jnp.tanh(s / options["logits_soft_cap"])
-        offset = options["query_offset"][:, None, None, None]
-        s -= options["alibi_slopes"][:, None, None] * abs(np.arange(T)[:, None] + offset - t_)
-        s += np.where(kept, options["bias"], 0)
-    fn = mod(x)
-    mapped = jax.vmap(fn, (0, None, None, None, 0))
-    mapped = jax.vmap(mapped, (0, None, None, 0, None))
-    mapped = jax.vmap(jax.vmap(mapped, (0, None, 0, None, None)), (0, 0, None, None, None))
-    s = mapped(s, *map(np.arange, (B, N, T, S)))
-    s = jnp.where(kept, s, -jnp.inf)
-    sinks = jnp.asarray(options.get("sinks", np.full(N, -np.inf)))[:, None, None]
-    m = jax.lax.stop_gradient(jnp.maximum(jnp.max(s, axis=-1, keepdims=True), sinks))
-    m = jnp.where(jnp.isneginf(m), 0, m)
-    p = jnp.exp(s - m)
-    l = jnp.sum(p, axis=-1, keepdims=True) + jnp.exp(sinks - m)
-    out = jnp.einsum("bnts,bsnh->btnh", p / jnp.where(l == 0, 1, l), v)
-    return out, (m + jnp.log(jnp.where(l == 0, 1, l)))[..., 0]
-
-
-t_ = np.arange(S)
-
-
-def attention_of(x, options):
+def attention_of(x, options, attend=flash_attention_with_lse):
     named = {name: x[name] for name in ("query", "key", "value")}
-    return flash_attention_with_lse(**named, score_mod=bent(x), **options, block_sizes=TILES)
+    return attend(**named, score_mod=bent(x), **options, block_sizes=TILES)
 
 
 def gradient(f, x, dx, weights):
@@ -158,22 +131,16 @@ def test_derivatives_are_those_of_the_formula(derivative, combined, rng):
     dx = {name: floats(rng, *y.shape) for name, y in x.items()}
     weights = floats(rng, B, T, N, 3), floats(rng, B, N, T)
     masking = {name: y for name, y in options.items() if name in MASKING}
-    kept = kept_pairs((B, N, T, S), options.get("bias"), **masking)
+    kept = {"mask": kept_pairs((B, N, T, S), options.get("bias"), **masking)}
     f = jax.jit(functools.partial(derivative, lambda x: attention_of(x, options)))
     results = f(x, dx, weights)
     with jax.enable_x64(True):
-        exact_of = lambda x: formula(x, kept, bent, as_float64(options))  # noqa: E731
+        exact_of = lambda x: attention_of(x, as_float64(options) | kept, formula)  # noqa: E731
         wide = as_float64((x, dx, weights))
         exact = jax.jit(functools.partial(derivative, exact_of))(*wide)
     for x_, y in zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True):
         size = max(1.0, float(np.max(np.abs(y))))
         np.testing.assert_allclose(x_, y, rtol=0, atol=3e-5 * size)
-
-
-MASKING = (
-    *("mask", "is_causal", "query_offset"),
-    *("query_seq_lengths", "key_value_seq_lengths"),
-)
 
 
 def as_float64(tree):
@@ -297,8 +264,7 @@ def test_an_exported_call_takes_every_length(rng):
 @pytest.mark.usefixtures("x64")
 def test_disable_jit_and_float64_change_no_result(rng):
     x = as_float64(random_call(rng))
-    kept = np.full((B, N, T, S), True)
-    exact, _ = formula(x, kept, bent, {})
+    exact, _ = attention_of(x, {}, formula)
     out, _ = attention_of(x, {})
     assert out.dtype == np.float64
     np.testing.assert_allclose(out, exact, rtol=1e-12, atol=1e-13)
