@@ -1,8 +1,8 @@
 """Caches that lie on several devices, beside those on one: run by ``mesh_table.py``.
 
 A program appends tokens and attends. It is compiled once, is looked at for what is gathered, and
-runs on 4 devices. What is stored is compared with the cache on one device, and what is attended to
-with the formula.
+runs on 4 devices. What is stored is compared with the cache on one device, and the output with the
+list of tokens that a cache means (``cache_oracle``).
 """
 
 import functools
@@ -10,9 +10,9 @@ import re
 
 import jax
 import numpy as np
-from jax import numpy as jnp
+from cache_oracle import Rows
+from caches import grow
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from oracle import attention
 from partitioned import compare
 
 from flash_jax import KVCache, PagedKVCache, attend
@@ -35,18 +35,8 @@ def step(cache, q, k, v):
     return attend(q, cache), cache
 
 
-def formula(cache, q):
-    """The output in NumPy, of queries that are the last tokens of a cache."""
-    key, value, first = map(np.asarray, cache.to_arrays())
-    options = {"is_causal": True, "query_offset": cache.lengths - q.shape[1] - first}
-    if getattr(cache, "window", None) is not None:
-        options["local_window_size"] = cache.window - 1, 0
-    return attention(q, key, value, **options)[0]
-
-
 def tokens(rng, T):
-    q, k, v = (rng.standard_normal((B, T, heads, H), np.float32) for heads in (N, K, K))
-    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    return tuple(rng.standard_normal((B, T, heads, H), np.float32) for heads in (N, K, K))
 
 
 def placed(mesh, axis, cache, arrays):
@@ -66,11 +56,12 @@ def placed(mesh, axis, cache, arrays):
 def check(kind, divided, T):
     rng = np.random.default_rng(20180508)
     cache = KVCache.empty(B, S, K, H, **KINDS[kind])
-    for count in (17, 14) if kind == "window" else (29,):  # the window's ring has gone round
-        cache = cache.append(*tokens(rng, count)[1:], [count, count, 11, 3])
+    rows = Rows(B, S, H, cache.window)
+    for count in (17, 14) if kind == "window" else (29,):  # more tokens than the window
+        cache = grow(cache, rows, kind, *tokens(rng, count)[1:], [count, count, 11, 3])
     arrays = tokens(rng, T)
-    grown = cache.append(*arrays[1:])
-    expected = formula(grown, arrays[0])
+    grown = grow(cache, rows, kind, *arrays[1:], [T] * B)
+    expected, _ = rows.attend(arrays[0])
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     cache, arrays = placed(mesh, OF[divided], cache, arrays)
     compiled = step.lower(cache, *arrays).compile()
@@ -88,10 +79,12 @@ def check(kind, divided, T):
 def check_pages():
     rng = np.random.default_rng(20180508)
     cache = PagedKVCache.empty(B, 72, K, H, pages=40, page_size=8)
-    cache = cache.append(*tokens(rng, 29)[1:])
+    rows, before, arrays = Rows(B, 72, H), tokens(rng, 29), tokens(rng, 1)
+    cache = cache.append(*before[1:])
+    for (_, key, value), count in ((before, 29), (arrays, 1)):
+        rows.append(key, value, [count] * B)
+    expected, _ = rows.attend(arrays[0])
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    arrays = tokens(rng, 1)
-    expected = formula(cache.append(*arrays[1:]), arrays[0])
     cache, arrays = placed(mesh, 1, cache, arrays)
     compare(step(cache, *arrays)[0], expected, 1e-5)
 
@@ -100,20 +93,21 @@ def check_explicit(divided, cache):
     """Every method, with results that are sharded as the cache is."""
     rng = np.random.default_rng(20180508)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
-    arrays, more, rows = tokens(rng, 7), tokens(rng, 1), [1, 1, 0, 3]
-
-    def changed(cache, arrays):
-        return cache.append(*arrays[1:], [7, 3, 5, 7]).reorder(rows).truncate(6).reset([2])
+    arrays, more, counts, order = tokens(rng, 7), tokens(rng, 1), [7, 3, 5, 7], [1, 1, 0, 3]
 
     def schedule(cache, arrays, more):
-        cache = changed(cache, arrays)
+        cache = cache.append(*arrays[1:], counts).reorder(order).truncate(6).reset([2])
         return *step(cache, *more), cache.append(*more[1:])
 
-    grown = changed(cache, arrays)
     if cache.keys.dtype == np.int8:  # rounds what the formula does not
-        expected, _ = step(grown, *more)
+        expected, *_ = schedule(cache, arrays, more)
     else:
-        expected = formula(grown.append(*more[1:]), more[0])
+        rows = Rows(B, cache.slots, H)
+        rows.append(*arrays[1:], counts)
+        rows.reorder(order)
+        rows.truncate([6, 6, 0, 6])
+        rows.append(*more[1:], [1] * B)
+        expected, _ = rows.attend(more[0])
     placed_cache, arrays = placed(mesh, OF[divided], cache, arrays)
     _, more = placed(mesh, OF[divided], cache, more)
     # Outside ``jit``, too, where rows may be counted.

@@ -3,6 +3,7 @@
 Each check raises where attention is not that of one device.
 """
 
+import functools
 import tempfile
 import warnings
 from pathlib import Path
@@ -27,8 +28,8 @@ def arrays(dtype=np.float32):
     return q, k, v
 
 
-def attend(q, k, v):
-    return flash_attention(q, k, v, is_causal=True, query_offset=5)
+ATTEND = functools.partial(flash_attention, is_causal=True, query_offset=5)  # a single tile
+IN_TILES = functools.partial(ATTEND, block_sizes=(5, 7))
 
 
 def mesh_of(count, name="x", kind=AxisType.Auto):
@@ -39,7 +40,7 @@ def put(mesh, spec, xs):
     return tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x in xs)
 
 
-def meshes_of_any_number_of_devices(expected):
+def meshes_of_any_number_of_devices(attend, expected):
     for count, kind in ((1, AxisType.Explicit), (2, AxisType.Explicit), (3, AxisType.Auto)):
         mesh = mesh_of(count, kind=kind)
         found = jax.jit(attend)(*put(mesh, PartitionSpec("x"), arrays()))
@@ -51,7 +52,7 @@ def meshes_of_any_number_of_devices(expected):
     compare(jax.jit(attend)(q, k, v), expected)
 
 
-def a_mesh_that_is_set(expected):
+def a_mesh_that_is_set(attend, expected):
     """With something that is sharded in it, or nothing at all; and on one device."""
 
     def inside(*xs):
@@ -73,7 +74,7 @@ def a_mesh_that_is_set(expected):
             assert [x.shape for x in gradients] == [SHAPES[i] for i in (0, 1, 1)]
 
 
-def shardings_of_arguments(expected):
+def shardings_of_arguments(attend, expected):
     of_batch = NamedSharding(mesh_of(2), PartitionSpec("x"))
     found = jax.jit(attend, in_shardings=of_batch, out_shardings=of_batch)
     compiled = found.lower(*arrays()).compile()
@@ -81,20 +82,20 @@ def shardings_of_arguments(expected):
     assert not any(collectives(compiled).values())
 
 
-def outside_of_jit(expected):
+def outside_of_jit(attend, expected):
     found = attend(*put(mesh_of(2), PartitionSpec("x"), arrays()))
     compare(found, expected)
     assert found.sharding.spec == PartitionSpec("x")
 
 
-def no_mesh_at_all(expected):
+def no_mesh_at_all(attend, expected):
     """Though there are several devices."""
     text = jax.jit(attend).lower(*arrays()).as_text()
     assert "CustomSPMDPartitioning" not in text
     compare(jax.jit(attend)(*arrays()), expected)
 
 
-def two_meshes_in_one_program(expected):
+def two_meshes_in_one_program(attend, expected):
     other = NamedSharding(mesh_of(2, "y"), PartitionSpec(None, None, "y"))
 
     def both(q, k, v):
@@ -105,7 +106,7 @@ def two_meshes_in_one_program(expected):
     compare(jax.jit(both)(*put(mesh_of(2), PartitionSpec("x"), arrays())), (expected, expected))
 
 
-def float64(_):
+def float64(attend, _expected):
     with jax.enable_x64(True):
         expected = np.asarray(attend(*arrays(np.float64)))
         mesh, (q, k, v) = mesh_of(2), arrays(np.float64)
@@ -115,7 +116,7 @@ def float64(_):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
-def an_exported_program(expected):
+def an_exported_program(attend, expected):
     """It has no functions to divide it by: XLA gathers, and the result is right."""
     of_batch = NamedSharding(mesh_of(2), PartitionSpec("x"))
     exported = export.export(jax.jit(attend, in_shardings=of_batch))(*arrays())
@@ -123,7 +124,7 @@ def an_exported_program(expected):
     compare(call(*put(mesh_of(2), PartitionSpec("x"), arrays())), expected)
 
 
-def programs_in_the_compilation_cache(_):
+def programs_in_the_compilation_cache(_attend, _expected):
     """That differ in a window alone are told apart, though JAX leaves their functions out."""
     mesh, folder = mesh_of(2), tempfile.TemporaryDirectory()
     settings = {
@@ -165,7 +166,8 @@ THOROUGH = outside_of_jit, float64
 
 
 def checks(thorough):
-    """The checks by name; each raises where it fails."""
+    """The checks by name; each raises where it fails. The thorough ones are in tiles."""
+    attend = IN_TILES if thorough else ATTEND
     expected = np.asarray(attend(*arrays()))
-    for check in THOROUGH if thorough else CHECKS:
-        yield check.__name__, lambda check=check: check(expected)
+    for check in (*CHECKS, *THOROUGH) if thorough else CHECKS:
+        yield check.__name__, functools.partial(check, attend, expected)
