@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Self, TypeVar
@@ -13,12 +14,13 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from .._formats.slots import as_floats_of
-from .cache_arguments import chosen_rows, row_integers
+from .cache_arguments import chosen_rows
 from .explicit_axes import as_it_was
 
 A = TypeVar("A", bound="AnyCache")
 C = TypeVar("C")
 _STORED = ("keys", "values", "key_scales", "value_scales")
+_COUNTS = ("table", "lengths", "begin", "offset", "first")
 
 
 class AnyCache:
@@ -55,6 +57,8 @@ class AnyCache:
             >>> cache.reset([1]).lengths.tolist()
             [3, 0]
         """
+        if rows is None:
+            return self.truncate(0)
         chosen = chosen_rows("rows", rows, self.lengths.shape[0])
         return self.truncate(jnp.where(chosen, 0, self.lengths))
 
@@ -81,33 +85,45 @@ def stored(cache: AnyCache) -> dict[str, Array]:
     return {name: x for name, x in given.items() if x is not None}
 
 
+def counts(cache: AnyCache) -> dict[str, Array]:
+    """The arrays that say how many tokens each row has and where they are, by name."""
+    return {name: getattr(cache, name) for name in _COUNTS if hasattr(cache, name)}
+
+
 def as_floats(cache: AnyCache) -> tuple[Array, Array]:
     """What the keys and values of a cache stand for."""
     keys, values = cache.keys, cache.values
     return as_floats_of(keys, cache.key_scales), as_floats_of(values, cache.value_scales)
 
 
-def shortened(cache: AnyCache, lengths: ArrayLike) -> dict[str, Array]:
-    """The counts of tokens after ``truncate``, by name."""
-    lengths = row_integers("lengths", lengths, cache.lengths.shape[0])
-    lengths = jnp.clip(lengths, 0, cache.lengths)
-    begin, offset = (jnp.minimum(x, lengths) for x in (cache.begin, cache.offset))
-    return {"lengths": lengths, "begin": begin, "offset": offset}
+def shortened(counts: dict[str, Array], lengths: Array) -> dict[str, Array]:
+    """The counts of rows of which only ``lengths`` tokens are left, (B,)."""
+    lengths = jnp.clip(lengths, 0, counts["lengths"])
+    begin, offset = (jnp.minimum(counts[name], lengths) for name in ("begin", "offset"))
+    return counts | {"lengths": lengths, "begin": begin, "offset": offset}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), inline=True)
 def empty_arrays(
-    shape: tuple[int, int, int, int], value_dim: int, dtype: np.dtype
-) -> tuple[Array, Array, Array | None, Array | None]:
-    """Keys of that shape, values, and scales of int8: those of a cache without tokens."""
-    # Each its own array: one that is donated twice is an error.
+    shape: tuple[int, int, int, int],
+    value_dim: int,
+    dtype: np.dtype,
+    rows: int,
+    counts: tuple[str, ...],
+) -> dict[str, Array | None]:
+    """Those of a cache without tokens, by name: keys of that shape, and counts of rows."""
     scales = (jnp.zeros(shape[:3], np.float32) if dtype == np.int8 else None for _ in "kv")
-    return jnp.zeros(shape, dtype), jnp.zeros((*shape[:3], value_dim), dtype), *scales  # pyright: ignore
+    arrays = jnp.zeros(shape, dtype), jnp.zeros((*shape[:3], value_dim), dtype), *scales
+    # Each its own array: one that is donated twice is an error.
+    none = {name: jnp.zeros((rows,), np.int32) for name in counts}
+    return dict(zip(_STORED, arrays, strict=True)) | none
 
 
 def rows_of(tree: C, rows: Array) -> C:
     """Some rows of arrays (B, ...)."""
+    return as_it_was(_taken, tree, rows)
 
-    def taken(tree: C, rows: Array) -> C:
-        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)
 
-    return as_it_was(taken, tree, rows)
+@jax.jit
+def _taken(tree: C, rows: Array) -> C:
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), tree)

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax import numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from .._checks.bind import Sizes, bind_integers
-from .._checks.numbers import as_option, check_integers
+from .._checks.numbers import known_values
 from .._checks.shapes import as_floats, check_groups, check_heads, check_shape
 from .._masks.base import Mask
+from .any_cache import counts
 from .cache import KVCache
+from .cache_arguments import row_integers
 from .cached import Queries, reach, to_cache
 from .explicit_axes import model_axes, on_auto_axes
 from .merge import merge_attention
@@ -56,8 +56,7 @@ def attend_arguments(
         score_mod=as_score_mod(score_mod, cache.keys.dtype),
     ).checked()
     if query_offset is not None:
-        check_integers("query_offset", query_offset)
-        query_offset = as_option("query_offset", query_offset)
+        query_offset = row_integers("query_offset", query_offset, query.shape[0])
     arrays = arrays._replace(query_offset=query_offset)
     for name, x in {"bias": bias, "mask": mask, "score_mod": score_mod}.items():
         ring = isinstance(cache, KVCache) and cache.window is not None
@@ -188,30 +187,30 @@ def _check_prefix(query: Array, prefix: Any, cache: KVCache | PagedKVCache) -> N
 
 
 def _queries(query: Array, cache: KVCache | PagedKVCache, offset: Any, options: Options) -> Queries:
-    """The positions of the queries; offset: of query 0, where it is given."""
-    B = query.shape[0]
+    """The positions of the queries; offset: (B,), of query 0, where it is given."""
+    first = cache.begin
     if offset is None:
-        offset, first = cache.offset, cache.begin
+        offset = cache.offset
     else:
-        offset, first = bind_integers("query_offset", offset, "", Sizes(B)), jnp.int32(0)
-        offset = jnp.broadcast_to(offset, (B,))
+        first = first * 0
     if not options.is_causal:  # padding is unknown there
         return Queries(offset, offset, offset + query.shape[1])
-    return Queries(offset, jnp.broadcast_to(first, (B,)), cache.lengths)
+    return Queries(offset, first, cache.lengths)
 
 
 def _lost(
-    query: Array,
+    column: Array | np.ndarray,
     cache: KVCache | PagedKVCache,
     prefix: KVCache | None,
     queries: Queries,
     options: Options,
 ) -> Array:
-    """Which queries should read a token that is not held, bool (B, T)."""
-    t = queries.offset[:, None] + lax.iota(np.int32, query.shape[1])[None]
+    """Which queries should read a token that is not held, bool (B, T); column: 0..T-1."""
+    t = queries.offset[:, None] + column[None]
     held = cache.held[:, None] if isinstance(cache, PagedKVCache) else cache.slots
     if isinstance(cache, KVCache) and cache.window is not None:
-        lost = jnp.maximum(t - reach(cache, options)[0], 0) < cache.first[:, None]
+        first = cache.first[:, None]
+        lost = (t - reach(cache, options)[0] < first) & (first > 0)
     elif options.is_causal:
         lost = t >= held
     else:
@@ -221,6 +220,31 @@ def _lost(
     return lost & (t >= queries.first[:, None]) & (t < queries.end[:, None])
 
 
+def _check_held(
+    query: Array,
+    cache: KVCache | PagedKVCache,
+    prefix: KVCache | None,
+    offset: Array | None,
+    options: Options,
+) -> None:
+    """Where positions are known, a query that should read a token that is not held is an error."""
+    of_prefix = {} if prefix is None else counts(prefix)
+    values = known_values((counts(cache), of_prefix, offset))
+    if values is None:
+        return
+    of_cache, of_prefix, offset = values
+    cache = dataclasses.replace(cache, **of_cache)
+    prefix = None if prefix is None else dataclasses.replace(prefix, **of_prefix)
+    queries = _queries(query, cache, offset, options)
+    lost = _lost(np.arange(query.shape[1], dtype=np.int32), cache, prefix, queries, options)
+    if np.any(lost):
+        raise ValueError(
+            "cache must hold all tokens that the queries read; in rows "
+            f"{np.flatnonzero(np.any(lost, axis=1)).tolist()} it does not: it has "
+            f"{cache.slots} slots, and lengths {cache.lengths.tolist()}"
+        )
+
+
 def _checked(
     query: Array,
     cache: KVCache | PagedKVCache,
@@ -228,19 +252,7 @@ def _checked(
     arrays: Arrays,
     options: Options,
 ) -> tuple[Array, Array | None]:
-    """Where lengths are known, a token that is not held is an error."""
-    first = cache.table if isinstance(cache, PagedKVCache) else cache.first
-    leaves = cache.lengths, first, cache.offset, arrays.query_offset
-    leaves += () if prefix is None else (prefix.lengths,)
-    if not any(isinstance(x, Tracer) for x in leaves):
-        queries = _queries(query, cache, arrays.query_offset, options)
-        lost = _lost(query, cache, prefix, queries, options)
-        if not isinstance(lost, Tracer) and bool(jnp.any(lost)):
-            raise ValueError(
-                "cache must hold all tokens that the queries read; in rows "
-                f"{np.flatnonzero(np.any(lost, axis=1)).tolist()} it does not: it has "
-                f"{cache.slots} slots, and lengths {cache.lengths.tolist()}"
-            )
+    _check_held(query, cache, prefix, arrays.query_offset, options)
     axes, results = model_axes(query)
     if not options.lse:
         results = (results[0], None)
@@ -257,7 +269,8 @@ def _attend(
     options: Options,
 ) -> tuple[Array, Array | None]:
     queries = _queries(query, cache, arrays.query_offset, options)
-    lost = _lost(query, cache, prefix, queries, options)
+    column = lax.iota(np.int32, query.shape[1])
+    lost = _lost(column, cache, prefix, queries, options)
     if prefix is None:
         out, lse = to_cache(query, cache, queries, arrays, options)
     else:

@@ -15,16 +15,25 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.numbers import positive_integer
+from .._checks.numbers import known_values, positive_integer
 from .._formats.slots import Appended, as_stored, written
-from .any_cache import AnyCache, as_floats, cache_type, empty_arrays, rows_of, shortened, stored
+from .any_cache import (
+    AnyCache,
+    as_floats,
+    cache_type,
+    counts,
+    empty_arrays,
+    rows_of,
+    shortened,
+    stored,
+)
 from .cache_arguments import (
     AXES_IN_ORDER,
     CachedArrays,
     as_cache_dtype,
     check_appended,
     indices_of_rows,
-    is_known,
+    row_integers,
 )
 from .explicit_axes import as_it_was, on_auto_axes
 
@@ -126,8 +135,8 @@ class KVCache(AnyCache):
             if window > S:
                 raise ValueError(f"window must be at most length, {S}; it is {window}")
         dtype = as_cache_dtype(dtype)
-        counts = (jnp.zeros((B,), np.int32) for _ in range(4))
-        return cls(*empty_arrays((B, K, S, H), Hv, dtype), *counts, window=window)
+        names = "lengths", "begin", "offset", "first"
+        return cls(**empty_arrays((B, K, S, H), Hv, dtype, B, names), window=window)
 
     @property
     def slots(self) -> int:
@@ -165,8 +174,9 @@ class KVCache(AnyCache):
         """
         (B, K, S, H), Hv = self.keys.shape, self.values.shape[-1]
         key, value, count = check_appended(key, value, lengths, left_padded, (B, K, H, Hv))
-        after = self.lengths + count
-        if self.window is None and is_known(after) and bool(jnp.any(after > S)):
+        known = known_values((self.lengths, key.shape[1] if count is None else count))
+        after = None if known is None else np.add(*known)
+        if self.window is None and after is not None and np.any(after > S):
             raise ValueError(
                 f"the cache must have slots for all tokens; it has {S}, and with these the "
                 f"lengths would be {after.tolist()}"
@@ -187,11 +197,8 @@ class KVCache(AnyCache):
             >>> cache.truncate(2).lengths.tolist()
             [2, 1]
         """
-        counts = shortened(self, lengths)
-        # What is not held is missing in a window around it, but for an empty row.
-        first = jnp.minimum(self.first, counts["lengths"])
-        first = jnp.where(counts["lengths"] == 0, 0, first)
-        return dataclasses.replace(self, **counts, first=first)
+        lengths = row_integers("lengths", lengths, self.lengths.shape[0])
+        return dataclasses.replace(self, **_shortened(counts(self), lengths))
 
     def reorder(self, rows: ArrayLike) -> KVCache:
         """The cache whose row b is row ``rows[b]`` of this one, as in beam search. It is a copy.
@@ -226,6 +233,15 @@ class KVCache(AnyCache):
         return on_auto_axes(_in_order, "BKS.", AXES_IN_ORDER, self.keys, self)
 
 
+@jax.jit
+def _shortened(counts: dict[str, Array], lengths: Array) -> dict[str, Array]:
+    counts = shortened(counts, lengths)
+    # What is not held is missing in a window around it, but for an empty row.
+    first = jnp.minimum(counts["first"], counts["lengths"])
+    return counts | {"first": jnp.where(counts["lengths"] == 0, 0, first)}
+
+
+@jax.jit
 def _in_order(_: Array, cache: KVCache) -> CachedArrays:
     first = jnp.maximum(cache.lengths - cache.slots, 0)
     first = jnp.zeros_like(first) if cache.window is None else first
@@ -241,7 +257,9 @@ def _in_order(_: Array, cache: KVCache) -> CachedArrays:
 
 
 @functools.partial(jax.jit, static_argnames="left_padded")
-def _append(cache: KVCache, key: Array, value: Array, count: Array, left_padded: bool) -> KVCache:
+def _append(
+    cache: KVCache, key: Array, value: Array, count: Array | None, left_padded: bool
+) -> KVCache:
     new = Appended.of(key.shape[1], cache.lengths, count, left_padded)
     slot = new.slots(cache.slots, ring=cache.window is not None)
     added = as_stored(key, value, cache.keys.dtype)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
-from jax.core import Tracer
 
 from .._checks.bind import Sizes, bind_integers
-from .._checks.numbers import as_option
+from .._checks.numbers import as_option, check_integers, known_values
 from .._checks.shapes import as_floats, check_shape
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "int8")
@@ -34,8 +34,11 @@ def check_appended(
     lengths: Any,
     left_padded: Any,
     sizes: tuple[int, int, int, int],
-) -> tuple[Array, Array, Array]:
-    """New keys and values, and how many of them each row takes, (B,); sizes: B, K, H and Hv."""
+) -> tuple[Array, Array, Array | None]:
+    """New keys and values, and how many of them each row takes, (B,), or None: all of them.
+
+    Sizes: B, K, H and Hv.
+    """
     B, K, H, Hv = sizes
     key, value = as_floats(key=key, value=value)
     check_shape("key", key, "(B, T, K, H) of the cache", (B, None, K, H))
@@ -43,31 +46,38 @@ def check_appended(
     check_shape("value", value, "(B, T of key, K, Hv)", (B, T, K, Hv))
     if not isinstance(left_padded, bool):
         raise TypeError(f"left_padded must be a bool; it is {left_padded!r}")
-    count = row_integers("lengths", T if lengths is None else lengths, B)
-    if is_known(count) and bool(jnp.any((count < 0) | (count > T))):
-        raise ValueError(f"lengths must be in 0..{T}; they are {count.tolist()}")
-    return key, value, jnp.clip(count, 0, T)
-
-
-def is_known(x: Array) -> bool:
-    """Whether the values of an array are known while the program is traced."""
-    return not isinstance(x, Tracer)
+    if lengths is None:
+        return key, value, None
+    count = row_integers("lengths", lengths, B)
+    counts = known_values(count)
+    if counts is not None and np.any((counts < 0) | (counts > T)):
+        raise ValueError(f"lengths must be in 0..{T}; they are {counts.tolist()}")
+    return key, value, count
 
 
 def row_integers(name: str, x: Any, B: int) -> Array:
     """Integers, one for all rows or one per row, as int32 (B,)."""
-    return jnp.broadcast_to(bind_integers(name, as_option(name, x), "", Sizes(B)), (B,))
+    check_integers(name, x)
+    return _row_integers(as_option(name, x), name, B)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _row_integers(x: Any, name: str, B: int) -> Array:
+    return jnp.broadcast_to(bind_integers(name, x, "", Sizes(B)), (B,))
 
 
 def chosen_rows(name: str, x: Any, B: int) -> Array:
-    """Some of B rows, given as bools or as indices, as bool (B,); None: all."""
-    if x is None:
-        return jnp.full((B,), True)
+    """Some of B rows, given as bools or as indices, as bool (B,)."""
     x = _as_array(name, x)
     if x.dtype == np.bool_:
         check_shape(name, x, "bool (B,) or indices", (B,))
         return x
-    return jnp.zeros((B,), bool).at[_in_range(name, x, B)].set(True)
+    return _among(_in_range(name, x, B), B)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _among(rows: Array, B: int) -> Array:
+    return jnp.zeros((B,), bool).at[rows].set(True)
 
 
 def indices_of_rows(name: str, x: Any, B: int) -> Array:
@@ -90,7 +100,7 @@ def as_cache_dtype(dtype: Any) -> np.dtype:
 
 def _as_array(name: str, x: Any) -> Array:
     x = as_option(name, x)
-    if x is None or jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+    if x is None or jnp.issubdtype(jnp.result_type(x), jnp.floating):
         raise TypeError(f"{name} must be bools or integers; it is {x!r}")
     return jnp.asarray(x)
 
@@ -98,6 +108,7 @@ def _as_array(name: str, x: Any) -> Array:
 def _in_range(name: str, x: Array, B: int) -> Array:
     if not jnp.issubdtype(x.dtype, np.integer):
         raise TypeError(f"{name} must be integers; its dtype is {x.dtype}")
-    if is_known(x) and bool(jnp.any((x < 0) | (x >= B))):
-        raise ValueError(f"{name} must be in 0..{B - 1}; they are {x.tolist()}")
+    rows = known_values(x)
+    if rows is not None and np.any((rows < 0) | (rows >= B)):
+        raise ValueError(f"{name} must be in 0..{B - 1}; they are {rows.tolist()}")
     return x

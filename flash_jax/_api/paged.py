@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,19 +19,21 @@ from jax import Array, lax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks.numbers import positive_integer
+from .._checks.numbers import known_values, positive_integer
 from .._formats.page_table import copied, users, with_pages, written_in_pages
 from .._formats.slots import Appended, as_floats_of, as_stored
-from .any_cache import AnyCache, cache_type, empty_arrays, rows_of, shortened, stored
+from .any_cache import AnyCache, cache_type, counts, empty_arrays, rows_of, shortened, stored
 from .cache_arguments import (
     AXES_IN_ORDER,
     CachedArrays,
     as_cache_dtype,
     check_appended,
     indices_of_rows,
-    is_known,
+    row_integers,
 )
 from .explicit_axes import as_it_was, on_auto_axes
+
+A = TypeVar("A", Array, np.ndarray)
 
 
 @cache_type(
@@ -130,9 +132,9 @@ class PagedKVCache(AnyCache):
         B, S, K, H, n, P = (positive_integer(name, size) for name, size in sizes.items())
         Hv = H if value_dim is None else positive_integer("value_dim", value_dim)
         dtype = as_cache_dtype(dtype)
-        counts = (jnp.zeros((B,), np.int32) for _ in range(3))
+        names = "lengths", "begin", "offset"
         table = jnp.full((B, -(-S // P)), -1, np.int32)
-        return cls(*empty_arrays((n, K, P, H), Hv, dtype), table, *counts)
+        return cls(**empty_arrays((n, K, P, H), Hv, dtype, B, names), table=table)
 
     @property
     def page_size(self) -> int:
@@ -147,14 +149,13 @@ class PagedKVCache(AnyCache):
     @property
     def free_pages(self) -> Array:
         """How many pages no row has, int32."""
-        pages = self.keys.shape[0]
-        free = lambda table: jnp.sum(users(table, pages) == 0, dtype=np.int32)  # noqa: E731
+        free = functools.partial(_free_pages, pages=self.keys.shape[0])
         return on_auto_axes(free, "", "", self.table)
 
     @property
     def held(self) -> Array:
         """How many tokens each row has pages for, int32 (B,)."""
-        return self.page_size * jnp.sum(jnp.cumprod(self.table >= 0, axis=1), 1, dtype=np.int32)
+        return _held(self.table, self.page_size)
 
     def append(
         self,
@@ -178,16 +179,17 @@ class PagedKVCache(AnyCache):
             >>> cache.append(x, x, [2]).lengths.tolist()
             [2]
         """
-        _, K, _, H = self.keys.shape
+        _, K, P, H = self.keys.shape
         sizes = self.lengths.shape[0], K, H, self.values.shape[-1]
         key, value, count = check_appended(key, value, lengths, left_padded, sizes)
         append = functools.partial(_append, left_padded=left_padded)
         cache = as_it_was(append, self, key, value, count)
-        if is_known(cache.lengths) and bool(jnp.any(cache.lengths > cache.held)):
+        values = known_values(counts(cache))
+        if values is not None and np.any(values["lengths"] > _held(values["table"], P)):
             raise ValueError(
                 f"the cache must have pages for all tokens; with these the lengths would be "
-                f"{cache.lengths.tolist()}, of at most {self.slots}, and "
-                f"{int(self.free_pages)} of {self.keys.shape[0]} pages of {self.page_size} are free"
+                f"{values['lengths'].tolist()}, of at most {self.slots}, and "
+                f"{int(self.free_pages)} of {self.keys.shape[0]} pages of {P} are free"
             )
         return cache
 
@@ -204,10 +206,8 @@ class PagedKVCache(AnyCache):
             >>> cache.free_pages.tolist(), cache.truncate(3).free_pages.tolist()
             (4, 5)
         """
-        counts = shortened(self, lengths)
-        page = lax.iota(np.int32, self.table.shape[1])[None]
-        kept = page * np.int32(self.page_size) < counts["lengths"][:, None]
-        return dataclasses.replace(self, **counts, table=jnp.where(kept, self.table, -1))
+        lengths = row_integers("lengths", lengths, self.lengths.shape[0])
+        return dataclasses.replace(self, **_shortened(counts(self), lengths, self.page_size))
 
     def reorder(self, rows: ArrayLike) -> PagedKVCache:
         """The cache whose row b is row ``rows[b]`` of this one: they share pages, without a copy.
@@ -226,9 +226,7 @@ class PagedKVCache(AnyCache):
             ([0, 0], 5)
         """
         rows = indices_of_rows("rows", rows, self.lengths.shape[0])
-        names = "table", "lengths", "begin", "offset"
-        taken = rows_of({name: getattr(self, name) for name in names}, rows)
-        return dataclasses.replace(self, **taken)
+        return dataclasses.replace(self, **rows_of(counts(self), rows))
 
     def to_arrays(self) -> CachedArrays:
         """The keys and values of every row, a copy, as ``KVCache.to_arrays``.
@@ -242,6 +240,25 @@ class PagedKVCache(AnyCache):
         return on_auto_axes(_in_order, "pKPH", AXES_IN_ORDER, self.keys, self)
 
 
+def _held(table: A, page_size: int) -> A:
+    """How many tokens the pages of each row hold, (B,); of JAX or NumPy."""
+    return (table >= 0).cumprod(axis=1).sum(axis=1, dtype=np.int32) * np.int32(page_size)
+
+
+@functools.partial(jax.jit, static_argnames="pages")
+def _free_pages(table: Array, pages: int) -> Array:
+    return jnp.sum(users(table, pages) == 0, dtype=np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _shortened(counts: dict[str, Array], lengths: Array, page_size: int) -> dict[str, Array]:
+    counts = shortened(counts, lengths)
+    page = lax.iota(np.int32, counts["table"].shape[1])[None]
+    kept = page * np.int32(page_size) < counts["lengths"][:, None]
+    return counts | {"table": jnp.where(kept, counts["table"], -1)}
+
+
+@jax.jit
 def _in_order(_: Array, cache: PagedKVCache) -> CachedArrays:
     position = lax.iota(np.int32, cache.slots)[None]
     held = (position < jnp.minimum(cache.lengths, cache.held)[:, None])[..., None, None]
@@ -266,7 +283,7 @@ def gathered(cache: PagedKVCache) -> tuple[Array, Array, Array | None, Array | N
 
 @functools.partial(jax.jit, static_argnames="left_padded")
 def _append(
-    cache: PagedKVCache, key: Array, value: Array, count: Array, left_padded: bool
+    cache: PagedKVCache, key: Array, value: Array, count: Array | None, left_padded: bool
 ) -> PagedKVCache:
     new = Appended.of(key.shape[1], cache.lengths, count, left_padded)
     table, copies = with_pages(

@@ -186,6 +186,17 @@ def _shown(x: int) -> str:
     return str(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
 
 
+def known_values(tree: Any) -> Any:
+    """Arrays with their values, in NumPy; None: some are traced, or lie in other processes."""
+    leaves, structure = jax.tree.flatten(tree)
+    for x in leaves:
+        if isinstance(x, Tracer):
+            return None
+        if isinstance(x, Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return None
+    return structure.unflatten(map(np.asarray, leaves))
+
+
 def natural_number(name: str, value: object) -> int:
     """value as an int >= 0, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

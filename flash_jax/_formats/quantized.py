@@ -122,9 +122,7 @@ class _Part:
             scales = x.scales.at[part.scales].set(y.scales)
             return QuantizedArray(x.values.at[part.values].set(y.values), scales, x.block_shape)
         (y,) = as_floats(y=y)
-        old = x[part.values]
-        scales = spread(old.scales, old.shape, old.blocks)
-        y = round_to_int8(jnp.broadcast_to(y, old.shape).astype(np.float32), scales)
+        y = _rounded(y, x[part.values])
         return QuantizedArray(x.values.at[part.values].set(y), x.scales, x.block_shape)
 
 
@@ -179,10 +177,11 @@ def quantize(
     """
     (x,) = as_floats(x=x)
     blocks = as_block_shape(block_shape, x.shape)
-    finite = jnp.all(jnp.isfinite(x))  # inside a jit it is traced, even where x is not
+    scales = None if scales is None else given_scales(scales, x.shape, blocks)
+    quantized, finite = _quantize(x, blocks, scales)
     if not isinstance(finite, Tracer) and not bool(finite):
         raise ValueError("x must be finite; it has a NaN or an infinity")
-    return _quantize(x, blocks, None if scales is None else given_scales(scales, x.shape, blocks))
+    return quantized
 
 
 def dequantize(x: QuantizedArray, dtype: DTypeLike = np.float32) -> Array:
@@ -254,8 +253,18 @@ def scales_of(amax: Array) -> Array:
     return jnp.where(scales < jnp.finfo(np.float32).tiny, 0, scales)
 
 
+@jax.jit
+def _rounded(y: Array, old: QuantizedArray) -> Array:
+    """y as the values of a part that has such scales."""
+    scales = spread(old.scales, old.shape, old.blocks)
+    return round_to_int8(jnp.broadcast_to(y, old.shape).astype(np.float32), scales)
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(x: Array, block_shape: tuple[int, ...], given: Array | None) -> QuantizedArray:
+def _quantize(
+    x: Array, block_shape: tuple[int, ...], given: Array | None
+) -> tuple[QuantizedArray, Array]:
+    """The array, and whether all of x is finite."""
     x = x.astype(accumulator(x.dtype))
     # Apart from the maximum, in which XLA:CPU may lose a NaN.
     finite = jnp.isfinite(x)
@@ -265,7 +274,7 @@ def _quantize(x: Array, block_shape: tuple[int, ...], given: Array | None) -> Qu
         all_finite = jnp.all(_in_blocks(all_finite, axis, block, True), axis=axis + 1)
     scales = jnp.where(all_finite, scales_of(amax) if given is None else given, jnp.nan)
     values = round_to_int8(x, spread(scales, x.shape, block_shape).astype(x.dtype))
-    return QuantizedArray(values, scales, block_shape)
+    return QuantizedArray(values, scales, block_shape), jnp.all(all_finite)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -24,8 +24,9 @@ class Appended(NamedTuple):
     end: Array  # (B,): the length with them
 
     @classmethod
-    def of(cls, T: int, lengths: Array, count: Array, left_padded: bool) -> Appended:
-        """Of ``count`` tokens behind ``lengths`` others, both (B,)."""
+    def of(cls, T: int, lengths: Array, count: Array | None, left_padded: bool) -> Appended:
+        """Of ``count`` tokens, or all T, behind ``lengths`` others, both (B,)."""
+        count = jnp.full_like(lengths, T) if count is None else jnp.clip(count, 0, T)
         offset, end = lengths - (T - count if left_padded else 0), lengths + count
         position = offset[:, None] + lax.iota(np.int32, T)[None]
         return cls(

@@ -14,6 +14,7 @@ arrays and has ``keep``, ``tiles`` and, if some keys may have no reader, ``read_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import operator
 from collections.abc import Callable
@@ -166,9 +167,7 @@ class Mask:
             [[True, False], [True, True]]
         """
         T, S = positive_integer("T", T), positive_integer("S", S)
-        bound, tile = first_tile(self, T, S, (T, S), batch, head)
-        assert bound is not None
-        return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]
+        return _as_array(self, T, S, natural_number("batch", batch), natural_number("head", head))
 
 
 @dataclass_transform(frozen_default=True)
@@ -232,11 +231,17 @@ class CombinedMask(Mask):
         return self.op(self.a.read_keys(T, S), self.b.read_keys(T, S))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _as_array(mask: Mask, T: int, S: int, batch: int, head: int) -> Array:
+    bound, tile = first_tile(mask, T, S, (T, S), batch, head)
+    assert bound is not None
+    return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]
+
+
 def first_tile(
     mask: Mask | None, T: int, S: int, blocks: tuple[int, int], batch: int, head: int
 ) -> tuple[Mask | None, QueryTile]:
     """The bound mask and the first tile of queries of one batch element and one query head."""
-    batch, head = natural_number("batch", batch), natural_number("head", head)
     bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
     B = max((x.shape[0] for x in jax.tree.leaves(bound)), default=1)
     if B > 1 and batch >= B:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
-from .._checks.numbers import as_block_sizes, positive_integer
+from .._checks.numbers import as_block_sizes, natural_number, positive_integer
 from .._tiles.axis import BlockSizes
 from .base import Mask, first_tile
 from .schedule import FULL, PARTIAL, SKIPPED, status
@@ -83,7 +85,16 @@ def block_schedule(
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(f"mask must be a Mask or None; it is {type(mask).__name__}")
     T, S = positive_integer("T", T), positive_integer("S", S)
-    bound, tile = first_tile(mask, T, S, as_block_sizes(block_sizes), batch, head)
-    rows = jax.jit(jax.vmap(lambda i: status(bound, tile._replace(i=i))))
-    tiles = rows(lax.iota(np.int32, tile.q.count))
-    return BlockSchedule(np.asarray(tiles), BlockSizes(tile.q.block, tile.kv.block))
+    q, kv = as_block_sizes(block_sizes)
+    blocks = BlockSizes(min(q, T), min(kv, S))
+    batch, head = natural_number("batch", batch), natural_number("head", head)
+    return BlockSchedule(np.asarray(_statuses(mask, T, S, blocks, batch, head)), blocks)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _statuses(
+    mask: Mask | None, T: int, S: int, blocks: BlockSizes, batch: int, head: int
+) -> Array:
+    bound, tile = first_tile(mask, T, S, blocks, batch, head)
+    rows = jax.vmap(lambda i: status(bound, tile._replace(i=i)))
+    return rows(lax.iota(np.int32, tile.q.count))

@@ -137,10 +137,15 @@ class MincutSignal(NamedTuple):
             >>> f"{MincutSignal.of(ones, [0, 0, 0, 1, 1, 1], near=3).adaptive_density():.2f}"
             '0.80'
         """
-        density = jnp.minimum(self.cut_value / 150, 1) * 0.6 + 0.1
-        density = density + self.boundary_concentration * 0.2
-        fewer = jnp.maximum(-0.05 * self.parts.astype(np.float32), -0.2)
-        return jnp.clip(density + fewer, 0.1, 0.9)
+        return _adaptive_density(self)
+
+
+@jax.jit
+def _adaptive_density(signal: MincutSignal) -> Array:
+    density = jnp.minimum(signal.cut_value / 150, 1) * 0.6 + 0.1
+    density = density + signal.boundary_concentration * 0.2
+    fewer = jnp.maximum(-0.05 * signal.parts.astype(np.float32), -0.2)
+    return jnp.clip(density + fewer, 0.1, 0.9)
 
 
 def as_labels(parts: Any, affinity: Array) -> Array:

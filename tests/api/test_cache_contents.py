@@ -54,7 +54,7 @@ def test_to_arrays_are_the_tokens_in_order(kind, rng):
     for T in (7, 6, *([2] * 3 if kind == "window" else [])):
         key, value, _ = tokens(rng, T)
         cache = grow(cache, rows, kind, key, value, (T, T - 1))
-    key, value, first = cache.to_arrays()
+    key, value, first = map(np.asarray, cache.to_arrays())
     for b in range(B):
         held = rows.rows[b][max(0, len(rows.rows[b]) - SLOTS) :]
         assert first[b] == len(rows.rows[b]) - len(held)
