@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jax import Array, export
 from jax import numpy as jnp
 
@@ -167,7 +168,8 @@ class Mask:
             [[True, False], [True, True]]
         """
         T, S = positive_integer("T", T), positive_integer("S", S)
-        return _as_array(self, T, S, natural_number("batch", batch), natural_number("head", head))
+        place = place_of(self, T, S, batch, head)
+        return _as_array(self, place, T, S)
 
 
 @dataclass_transform(frozen_default=True)
@@ -231,27 +233,35 @@ class CombinedMask(Mask):
         return self.op(self.a.read_keys(T, S), self.b.read_keys(T, S))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _as_array(mask: Mask, T: int, S: int, batch: int, head: int) -> Array:
-    bound, tile = first_tile(mask, T, S, (T, S), batch, head)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _as_array(mask: Mask, place: tuple[Any, Any], T: int, S: int) -> Array:
+    bound, tile = first_tile(mask, place, T, S, (T, S))
     assert bound is not None
     return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]
 
 
-def first_tile(
-    mask: Mask | None, T: int, S: int, blocks: tuple[int, int], batch: int, head: int
-) -> tuple[Mask | None, QueryTile]:
-    """The bound mask and the first tile of queries of one batch element and one query head."""
-    bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
-    B = max((x.shape[0] for x in jax.tree.leaves(bound)), default=1)
+def place_of(mask: Mask | None, T: int, S: int, batch: int, head: int) -> tuple[Any, Any]:
+    """A batch element and a query head, or an error: the mask has no such one."""
+    batch, head = natural_number("batch", batch), natural_number("head", head)
+    if mask is None:
+        return np.int32(0), np.int32(0)
+    bound = jax.eval_shape(lambda: mask.bind(Sizes(T=T, S=S)))
+    arrays = [*zip(bound.array_axes(), jax.tree.leaves(bound), strict=True)]
+    B = max((x.shape[0] for _, x in arrays), default=1)
     if B > 1 and batch >= B:
         raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")
-    B = max(B, batch + 1)
-    axes = [] if bound is None else bound.array_axes()
-    pairs = zip(axes, jax.tree.leaves(bound), strict=True)
-    N = max((x.shape[1] for axes, x in pairs if axes[1:2] == "N"), default=1)
+    N = max((x.shape[1] for axes, x in arrays if axes[1:2] == "N"), default=1)
     if N > 1 and head >= N:
         raise ValueError(f"head must be below the mask's heads, {N}; it is {head}")
-    element = jnp.int32(batch)
-    at = (element, B, element, B, jnp.int32(head), 1, 1, jnp.int32(0))
+    return np.int32(batch), np.int32(head)
+
+
+def first_tile(
+    mask: Mask | None, place: tuple[Any, Any], T: int, S: int, blocks: tuple[int, int]
+) -> tuple[Mask | None, QueryTile]:
+    """The bound mask and the first tile of queries of one batch element and one query head."""
+    element, head = place
+    bound = None if mask is None else mask.bind(Sizes(T=T, S=S))
+    B = max((x.shape[0] for x in jax.tree.leaves(bound)), default=1)
+    at = (element % np.int32(B), B, element, B, head, 1, 1, jnp.int32(0))
     return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)

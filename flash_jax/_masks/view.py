@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
 
-from .._checks.numbers import as_block_sizes, natural_number, positive_integer
+from .._checks.numbers import as_block_sizes, positive_integer
 from .._tiles.axis import BlockSizes
-from .base import Mask, first_tile
+from .base import Mask, first_tile, place_of
 from .schedule import FULL, PARTIAL, SKIPPED, status
 
 
@@ -87,14 +88,14 @@ def block_schedule(
     T, S = positive_integer("T", T), positive_integer("S", S)
     q, kv = as_block_sizes(block_sizes)
     blocks = BlockSizes(min(q, T), min(kv, S))
-    batch, head = natural_number("batch", batch), natural_number("head", head)
-    return BlockSchedule(np.asarray(_statuses(mask, T, S, blocks, batch, head)), blocks)
+    place = place_of(mask, T, S, batch, head)
+    return BlockSchedule(np.asarray(_statuses(mask, place, T, S, blocks)), blocks)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _statuses(
-    mask: Mask | None, T: int, S: int, blocks: BlockSizes, batch: int, head: int
+    mask: Mask | None, place: tuple[Any, Any], T: int, S: int, blocks: BlockSizes
 ) -> Array:
-    bound, tile = first_tile(mask, T, S, blocks, batch, head)
+    bound, tile = first_tile(mask, place, T, S, blocks)
     rows = jax.vmap(lambda i: status(bound, tile._replace(i=i)))
     return rows(lax.iota(np.int32, tile.q.count))
