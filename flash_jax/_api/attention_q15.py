@@ -53,6 +53,7 @@ def to_q15(x: ArrayLike) -> Array:
 
 
 @jax.custom_jvp
+@jax.jit
 def _rounded(x: Array) -> Array:
     wide = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
     scaled = jnp.round(jnp.clip(jnp.where(jnp.isnan(wide), 0, wide), -1, 1) * 2**15)

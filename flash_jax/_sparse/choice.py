@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import numpy as np
 from jax import Array
 from jax import numpy as jnp
@@ -66,6 +69,7 @@ def kept_always(
     return near | (column < sinks)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def share(table: Array, T: int, S: int, blocks: BlockSizes, is_causal: bool) -> Array:
     """Which share of the blocks that may be read a table keeps, a float32."""
     may = np.expand_dims(allowed(T, S, blocks, is_causal), tuple(range(table.ndim - 2)))

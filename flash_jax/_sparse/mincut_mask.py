@@ -125,11 +125,15 @@ def mincut_mask(
             "scores and density must broadcast with affinity but for its last two axes; their "
             f"shapes are {scores.shape} and {share.shape}, that of affinity is {affinity.shape}"
         ) from None
-    weak = signal.cut_value < as_scale("min_cut", min_cut)
-    dense = (signal.parts < 2) | weak | (T < MIN_TOKENS)
+    dense = _is_dense(signal, as_scale("min_cut", min_cut), T < MIN_TOKENS)
     table = mincut_table(labels, scores, share, dense, near, is_causal)
     sparse = BlockSparseMask(table, (block_size, block_size))
     return sparse & CausalMask() if is_causal else sparse
+
+
+@jax.jit
+def _is_dense(signal: MincutSignal, min_cut: ArrayLike, short: ArrayLike) -> Array:
+    return (signal.parts < 2) | (signal.cut_value < min_cut) | short
 
 
 def checked_density(density: Any) -> Array:
