@@ -14,14 +14,17 @@ arrays and has ``keep``, ``tiles`` and, if some keys may have no reader, ``read_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jax import Array, export
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 
 from .._checks.bind import Sizes, bind_integers
 from .._checks.numbers import as_option, check_integers, natural_number, positive_integer
@@ -168,7 +171,7 @@ class Mask:
         T, S = positive_integer("T", T), positive_integer("S", S)
         bound, tile = first_tile(self, T, S, (T, S), batch, head)
         assert bound is not None
-        return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]
+        return _kept(bound, tile.element, tile.head, tile.q, tile.kv, tile.elements)
 
 
 @dataclass_transform(frozen_default=True)
@@ -247,6 +250,19 @@ def first_tile(
     N = max((x.shape[1] for axes, x in pairs if axes[1:2] == "N"), default=1)
     if N > 1 and head >= N:
         raise ValueError(f"head must be below the mask's heads, {N}; it is {head}")
-    element = jnp.int32(batch)
-    at = (element, B, element, B, jnp.int32(head), 1, 1, jnp.int32(0))
-    return bound, QueryTile(Axis.of(T, blocks[0]), Axis.of(S, blocks[1]), *at)
+    axes = Axis.of(T, blocks[0]), Axis.of(S, blocks[1])
+    return bound, tile_of(np.int32(batch), np.int32(head), *axes, B)
+
+
+def tile_of(element: ArrayLike, head: ArrayLike, q: Axis, kv: Axis, elements: int) -> QueryTile:
+    """The first tile of queries of one batch element of so many, and of one query head."""
+    element, head = jnp.asarray(element), jnp.asarray(head)
+    at = (element, elements, element, elements, head, 1, 1, jnp.int32(0))
+    return QueryTile(q, kv, *at)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _kept(bound: Mask, element: Array, head: Array, q: Axis, kv: Axis, elements: int) -> Array:
+    """The pairs of a tile: a program that masks of the same kind and sizes share."""
+    tile = tile_of(element, head, q, kv, elements)
+    return jnp.broadcast_to(bound.keep(tile, jnp.int32(0)), tile.shape())[0, 0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from .._checks.numbers import as_block_sizes, positive_integer
-from .._tiles.axis import BlockSizes
-from .base import Mask, first_tile
+from .._tiles.axis import Axis, BlockSizes
+from .base import Mask, first_tile, tile_of
 from .schedule import FULL, PARTIAL, SKIPPED, status
 
 
@@ -84,6 +86,14 @@ def block_schedule(
         raise TypeError(f"mask must be a Mask or None; it is {type(mask).__name__}")
     T, S = positive_integer("T", T), positive_integer("S", S)
     bound, tile = first_tile(mask, T, S, as_block_sizes(block_sizes), batch, head)
-    rows = jax.jit(jax.vmap(lambda i: status(bound, tile._replace(i=i))))
-    tiles = rows(lax.iota(np.int32, tile.q.count))
-    return BlockSchedule(np.asarray(tiles), BlockSizes(tile.q.block, tile.kv.block))
+    rows = _rows(bound, tile.element, tile.head, tile.q, tile.kv, tile.elements)
+    return BlockSchedule(np.asarray(rows), BlockSizes(tile.q.block, tile.kv.block))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _rows(
+    bound: Mask | None, element: Array, head: Array, q: Axis, kv: Axis, elements: int
+) -> Array:
+    """The kinds of all tiles: a program that masks of the same kind and sizes share."""
+    tile = tile_of(element, head, q, kv, elements)
+    return jax.vmap(lambda i: status(bound, tile._replace(i=i)))(lax.iota(np.int32, q.count))
