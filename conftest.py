@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Else a tenth of the time would go to the collection of garbage."""
+    """Else the collection of garbage takes a few percent of the time."""
     garbage.collect_seldom()
 
 

@@ -1,4 +1,4 @@
-"""The collection of garbage, which costs a tenth of a test's time where JAX traces programs.
+"""The collection of garbage, which takes a few percent of the time where JAX traces programs.
 
 Python looks at what is new after every 2000 objects. A trace makes many, and hardly any is garbage.
 """
