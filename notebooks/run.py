@@ -19,6 +19,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 FOLDER = Path(__file__).resolve().parent
 SECONDS_PER_CELL = 300
+# A trace makes many objects and hardly any garbage, for which Python looks after every 2000.
+IN_THE_KERNEL = "__import__('gc').set_threshold(100_000, 20, 20)"
 
 
 def saved_results(notebook: nbformat.NotebookNode) -> list[int]:
@@ -37,7 +39,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
         kernel_name=NATIVE_KERNEL_NAME,
         timeout=SECONDS_PER_CELL,
         resources={"metadata": {"path": str(FOLDER)}},
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", f"--IPKernelApp.exec_lines={IN_THE_KERNEL}"],
     )
     client.create_kernel_manager().kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
     client.execute()

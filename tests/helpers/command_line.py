@@ -1,11 +1,14 @@
 """Fixtures of the tests of the command line; a plugin, which the root conftest names."""
 
 import builtins
+from pathlib import Path
 
 import pytest
+from small_bench import fake
 from texts import TEXT
 
 from flash_jax._cli import demo
+from flash_jax._cli.bench import measure
 
 
 @pytest.fixture
@@ -40,3 +43,10 @@ def no_run(monkeypatch):
         raise AssertionError("computed before the options were checked")
 
     monkeypatch.setattr(demo, "measure", fail)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Workers find the fake subjects; what bounds a case is one of them, too."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(measure, "MACHINE", fake("right"))

@@ -15,6 +15,7 @@ import mesh_contexts
 import mesh_memory
 import partitioned
 import sharded
+from garbage import collect_seldom
 
 TABLES = {
     "jit": (partitioned, mesh_memory),
@@ -24,6 +25,7 @@ TABLES = {
 
 
 def main(table, tier="default"):
+    collect_seldom()
     assert jax.device_count() == 4
     checks = [x for module in TABLES[table] for x in module.checks(tier == "thorough")]
     passed = 0

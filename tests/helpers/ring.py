@@ -12,6 +12,7 @@ import traceback
 import jax
 import numpy as np
 from formula import formula
+from garbage import collect_seldom
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
@@ -138,6 +139,7 @@ def check(case):
 
 
 def main(*names):
+    collect_seldom()
     assert jax.device_count() == 4, flash_jax
     passed = 0
     for name in names:

@@ -150,7 +150,7 @@ def test_a_head_visits_the_tiles_that_it_keeps_full_ones_first(tiles, by_lists, 
     if origin is not None:
         tile = tile._replace(origin=Origin(None, None, *map(jnp.int32, origin), jnp.int32(S)))
     rows = jax.jit(jax.vmap(lambda i: visits_of_heads(bound, tile._replace(i=i))))
-    found = rows(jnp.arange(q.count, dtype=jnp.int32))
+    found = jax.device_get(rows(np.arange(q.count, dtype=np.int32)))
     kept = pairs_of(table)[0] & (np.arange(S) <= np.arange(T)[:, None] + 4)
     kept = kept[:, first[0] :, first[1] :]
     for n, i in np.ndindex(K, q.count):
