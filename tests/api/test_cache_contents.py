@@ -1,5 +1,7 @@
 """What a cache holds, where it is written, and what it refuses."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from caches import (
     tokens,
     with_lse,
 )
+from jax import numpy as jnp
 
 from flash_jax import KVCache, attend
 
@@ -88,6 +91,30 @@ def test_tokens_are_appended_in_place(kind, loop, rng):
     for line in compiled.as_text().splitlines():
         assert f"{B},{K},4999,64]" not in line.split(" copy")[0] or " copy" not in line, line
     assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes
+
+
+def test_outside_jit_a_method_is_one_program(rng, caplog):
+    """And one that binds integers, which all methods share. What is checked needs none."""
+    rows = 5  # as no other test has: what was compiled before is not compiled again
+
+    def programs(call):
+        caplog.clear()
+        with jax.log_compiles():
+            jax.block_until_ready(call())
+        found = [re.match(r"Compiling (?:jit\()?(\w+)", x.message) for x in caplog.records]
+        return [x[1] for x in found if x and x[1] != "stage"]  # of NumPy to JAX
+
+    cache = empty(rows=rows)
+    key, value, query = map(jnp.asarray, tokens(rng, 3, rows))
+    ragged = np.arange(rows, dtype=np.int32) % 3
+    assert programs(lambda: cache.append(key, value)) == ["_append"]
+    assert programs(lambda: cache.append(key, value, ragged)) == ["_row_integers", "_append"]
+    cache = cache.append(key, value)
+    assert programs(lambda: attend(query, cache)) == ["_attend"]
+    assert programs(lambda: cache.truncate(ragged)) == ["_shortened"]
+    assert programs(lambda: cache.reorder(ragged[:3])) == ["_taken"]
+    assert programs(cache.to_arrays) == ["_in_order"]
+    assert programs(lambda: attend(query, cache.append(key, value))) == []
 
 
 def test_what_is_stored_in_8_bits_stays_as_it_is(rng):

@@ -1,11 +1,13 @@
 """What is written another way for XLA is the same number."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flash_jax._tiles.xla import apart, divided, dot, in_pieces
+from flash_jax._tiles.xla import apart, divided, dot, dot_of_many, in_pieces
 
 pytestmark = pytest.mark.quick
 
@@ -44,3 +46,16 @@ def test_a_product_in_pieces_is_the_product(K, rng):
     np.testing.assert_array_equal(in_pieces(product, a, b), a @ b)
     pieces = {1024: (2, 2, 512, 257), 1020: (2, 2, 510, 257)}
     assert shapes == [pieces.get(K, b.shape)]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 13])
+def test_few_rows_stand_on_the_right_of_their_product(rows, rng):
+    """Where XLA may not turn the product around; with more rows they are on the left."""
+    a, b = (
+        rng.integers(-3, 4, shape).astype(np.float32) for shape in ((3, rows, 64), (3, 257, 64))
+    )
+    program = jax.jit(lambda a, b: dot_of_many(a, b, np.float32)).lower(a, b).compile()
+    np.testing.assert_array_equal(program(a, b), a @ np.swapaxes(b, 1, 2))
+    columns = {13: 257, 1: 2}.get(rows, rows)
+    (found,) = re.findall(r"f32\[3,\d+,(\d+)\]\S* dot\(", program.as_text())
+    assert int(found) == columns
