@@ -188,11 +188,10 @@ def _check_prefix(query: Array, prefix: Any, cache: KVCache | PagedKVCache) -> N
 
 def _queries(query: Array, cache: KVCache | PagedKVCache, offset: Any, options: Options) -> Queries:
     """The positions of the queries; offset: (B,), of query 0, where it is given."""
-    first = cache.begin
     if offset is None:
-        offset = cache.offset
+        offset, first = cache.offset, cache.begin
     else:
-        first = first * 0
+        first = cache.begin * 0  # the first token: there is no padding on the left
     if not options.is_causal:  # padding is unknown there
         return Queries(offset, offset, offset + query.shape[1])
     return Queries(offset, first, cache.lengths)
@@ -205,7 +204,10 @@ def _lost(
     queries: Queries,
     options: Options,
 ) -> Array:
-    """Which queries should read a token that is not held, bool (B, T); column: 0..T-1."""
+    """Which queries should read a token that is not held, bool (B, T), of JAX or of NumPy.
+
+    column: 0..T-1.
+    """
     t = queries.offset[:, None] + column[None]
     held = cache.held[:, None] if isinstance(cache, PagedKVCache) else cache.slots
     if isinstance(cache, KVCache) and cache.window is not None:
@@ -252,6 +254,7 @@ def _checked(
     arrays: Arrays,
     options: Options,
 ) -> tuple[Array, Array | None]:
+    """Attention of arguments that are checked but for the tokens that are held."""
     _check_held(query, cache, prefix, arrays.query_offset, options)
     axes, results = model_axes(query)
     if not options.lse:
