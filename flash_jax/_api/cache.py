@@ -174,13 +174,8 @@ class KVCache(AnyCache):
         """
         (B, K, S, H), Hv = self.keys.shape, self.values.shape[-1]
         key, value, count = check_appended(key, value, lengths, left_padded, (B, K, H, Hv))
-        known = known_values((self.lengths, key.shape[1] if count is None else count))
-        after = None if known is None else np.add(*known)
-        if self.window is None and after is not None and np.any(after > S):
-            raise ValueError(
-                f"the cache must have slots for all tokens; it has {S}, and with these the "
-                f"lengths would be {after.tolist()}"
-            )
+        if self.window is None:  # else the slots are a ring, which has room
+            _check_room(self.lengths, key.shape[1] if count is None else count, S)
         append = functools.partial(_append, left_padded=left_padded)
         return as_it_was(append, self, key, value, count)
 
@@ -231,6 +226,17 @@ class KVCache(AnyCache):
             (2, 16, 2, 8)
         """
         return on_auto_axes(_in_order, "BKS.", AXES_IN_ORDER, self.keys, self)
+
+
+def _check_room(lengths: Array, count: Array | int, slots: int) -> None:
+    """Where lengths are known, tokens that find no slot are an error."""
+    known = known_values((lengths, count))
+    after = None if known is None else np.add(*known)
+    if after is not None and np.any(after > slots):
+        raise ValueError(
+            f"the cache must have slots for all tokens; it has {slots}, and with these the "
+            f"lengths would be {after.tolist()}"
+        )
 
 
 @jax.jit

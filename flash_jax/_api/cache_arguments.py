@@ -57,8 +57,9 @@ def check_appended(
 
 def row_integers(name: str, x: Any, B: int) -> Array:
     """Integers, one for all rows or one per row, as int32 (B,)."""
+    x = as_option(name, x)
     check_integers(name, x)
-    return _row_integers(as_option(name, x), name, B)
+    return _row_integers(x, name, B)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2), inline=True)

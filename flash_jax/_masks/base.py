@@ -168,8 +168,7 @@ class Mask:
             [[True, False], [True, True]]
         """
         T, S = positive_integer("T", T), positive_integer("S", S)
-        place = place_of(self, T, S, batch, head)
-        return _as_array(self, place, T, S)
+        return _as_array(self, place_of(self, T, S, batch, head), T, S)
 
 
 @dataclass_transform(frozen_default=True)
@@ -243,10 +242,10 @@ def _as_array(mask: Mask, place: tuple[Any, Any], T: int, S: int) -> Array:
 def place_of(mask: Mask | None, T: int, S: int, batch: int, head: int) -> tuple[Any, Any]:
     """A batch element and a query head, or an error: the mask has no such one."""
     batch, head = natural_number("batch", batch), natural_number("head", head)
-    if mask is None:
-        return np.int32(0), np.int32(0)
-    bound = jax.eval_shape(lambda: mask.bind(Sizes(T=T, S=S)))
-    arrays = [*zip(bound.array_axes(), jax.tree.leaves(bound), strict=True)]
+    arrays = []
+    if mask is not None:
+        bound = jax.eval_shape(lambda: mask.bind(Sizes(T=T, S=S)))
+        arrays = [*zip(bound.array_axes(), jax.tree.leaves(bound), strict=True)]
     B = max((x.shape[0] for _, x in arrays), default=1)
     if B > 1 and batch >= B:
         raise ValueError(f"batch must be below the mask's batch size, {B}; it is {batch}")

@@ -181,14 +181,13 @@ def as_affinity(x: Any, name: str = "affinity") -> Array:
         raise TypeError(f"{name} must be floats; it is {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim < 2 or x.shape[-1] != x.shape[-2] or x.shape[-1] == 0:
         raise ValueError(f"{name} must be (..., n, n), n > 0; its shape is {x.shape}")
-    floats = jnp.asarray(x).astype(np.float32)
     if isinstance(x, Tracer):
-        return jnp.maximum(floats, 0)
+        return jnp.maximum(x.astype(np.float32), 0)
     values = np.asarray(x).astype(np.float32)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         found = "one is negative" if (values < 0).any() else "one is not finite"
         raise ValueError(f"{name} must have finite entries >= 0; {found}")
-    return floats
+    return jnp.asarray(x).astype(np.float32)
 
 
 def over_leading_axes(f: Callable[..., Any], *ranks: int) -> Callable[..., Any]:

@@ -136,6 +136,7 @@ REFUSED = {
     r"key must be \(B, T, K, H\) of the cache": lambda cache, x: cache.append(x[..., 1:], x),
     r"value must be \(B, T of key, K, Hv\)": lambda cache, x: cache.append(x, x),
     r"lengths must be in 0..3": lambda cache, x: cache.append(x, x[..., :Hv], [4, 0]),
+    "lengths must fit into int32": lambda cache, x: cache.append(x, x[..., :Hv], [2**40, 0]),
     r"query must be \(B, T, N, H\) of the cache": lambda cache, x: attend(x[..., 1:], cache),
     "query heads must be a multiple of cache heads": lambda cache, x: attend(x[:, :, :1], cache),
     r"rows must be in 0..1": lambda cache, x: cache.reorder([0, 2]),
